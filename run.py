@@ -243,7 +243,7 @@ def make_environment(env: Path, host: Path, pinned: bool) -> None:
     check_disk(env.parent)
     say(f"Making the environment {env} (once; some minutes) ...")
     shutil.rmtree(env, ignore_errors=True)
-    venv.EnvBuilder(with_pip=bool(importlib.util.find_spec("ensurepip"))).create(env)
+    venv.EnvBuilder(symlinks=os.name != "nt", with_pip=bool(importlib.util.find_spec("ensurepip"))).create(env)
     log = env / "pip.log"
     pip = pip_command(env)
     if pinned and not host.exists():
@@ -328,7 +328,8 @@ def main(words: list[str]) -> int:
     except OSError as problem:
         print(f"run.py: {problem}. The cache folder is {cache_folder()}.", file=sys.stderr)
     except KeyboardInterrupt:
-        print("run.py: stopped; the next run begins again where that is needed.", file=sys.stderr)
+        print("run.py: stopped; what is half made is made anew by the next run.", file=sys.stderr)
+        return 130
     return 1
 
 

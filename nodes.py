@@ -1,0 +1,166 @@
+"""What does the user wire? Six nodes; each is a schema and a call."""
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import quadtree as trees
+from .denoise_schedule import SCHEDULES
+from .tiled_diffusion import TiledDiffusion
+from .windows import METHODS, SHIFTS
+
+CATEGORY = "quadtree tiled diffusion"
+TREE = io.Custom("QUADTREE")
+
+
+def _min_leaf():
+    return io.Int.Input("min_leaf", default=64, min=8, max=1024, step=8, tooltip="Side of the smallest leaves, in pixels. Smaller leaves follow detail more closely.")
+
+
+def _max_leaf():
+    return io.Int.Input("max_leaf", default=1024, min=8, max=8192, step=8, tooltip="Side of the largest leaves, in pixels: min_leaf doubled some times (128, 256, 512, 1024 for 64).")
+
+
+class QuadtreeFromImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QuadtreeFromImage", display_name="Quadtree from Image", category=CATEGORY,
+            description="Cuts a picture into squares, large where it is flat and small where it is busy, and gives each a denoise strength.",
+            search_aliases=["tiled diffusion", "variance", "detail map", "adaptive tiles"],
+            inputs=[
+                io.Image.Input("image", tooltip="The picture that you encode. Several images share one tree, which is as fine as the busiest of them."),
+                io.Float.Input("detail_budget", default=0.4, min=0.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider, tooltip="The share of the picture to redraw: the mean strength of its leaves before min_denoise and max_denoise. 0 uses content_threshold instead."),
+                io.Float.Input("content_threshold", default=25.0, min=0.0, max=442.0, step=0.5, advanced=True, tooltip="Used when detail_budget is 0: a square is split while its content, on the 0..255 scale, is above this."),
+                _min_leaf(),
+                _max_leaf(),
+                io.Float.Input("min_denoise", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Strength of the largest leaves. 0 keeps them exactly, and costs nothing."),
+                io.Float.Input("max_denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Strength of the smallest leaves. 1 redraws them wholly; it is relative to the steps of the sampler."),
+                io.Combo.Input("metric", options=list(trees.METRICS), default="variance", advanced=True, tooltip="What counts as content: variance sees contrast, gradient sees edges and texture, combined sees both."),
+            ],
+            outputs=[
+                TREE.Output("quadtree", tooltip="The leaves and their strengths."),
+                io.Image.Output("overlay", tooltip="The picture with its leaves: dark violet is kept, yellow is redrawn."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image, detail_budget, content_threshold, min_leaf, max_leaf, min_denoise, max_denoise, metric) -> io.NodeOutput:
+        tree = trees.build_quadtree(
+            image, detail_budget=detail_budget, content_threshold=content_threshold, min_leaf=min_leaf, max_leaf=max_leaf,
+            min_denoise=min_denoise, max_denoise=max_denoise, metric=metric)
+        return io.NodeOutput(tree, trees.draw_quadtree(image, tree))
+
+
+class QuadtreeFromMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QuadtreeFromMask", display_name="Quadtree from Mask", category=CATEGORY,
+            description="Makes a quadtree whose strengths are a mask's: white is redrawn, black is kept exactly.",
+            inputs=[
+                io.Mask.Input("mask", tooltip="White = strength 1 = redraw, black = 0 = keep, grey in between. Of the aspect of the picture that you encode."),
+                _min_leaf(),
+                _max_leaf(),
+            ],
+            outputs=[TREE.Output("quadtree", tooltip="Leaves as large as the mask is even; on its edges min_leaf large, with the mean.")],
+        )
+
+    @classmethod
+    def execute(cls, mask, min_leaf, max_leaf) -> io.NodeOutput:
+        return io.NodeOutput(trees.quadtree_from_mask(mask, min_leaf=min_leaf, max_leaf=max_leaf))
+
+
+class QuadtreeAdjust(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QuadtreeAdjust", display_name="Quadtree Adjust", category=CATEGORY,
+            description="Changes the strengths of a quadtree: range, gamma, inversion, and parts that a mask protects.",
+            inputs=[
+                TREE.Input("quadtree", tooltip="The tree to change; it is not changed itself, a new one comes out."),
+                io.Float.Input("min_denoise", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="What a strength of 0 becomes. Above 0 nothing is kept exactly any more."),
+                io.Float.Input("max_denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="What a strength of 1 becomes."),
+                io.Float.Input("gamma", default=1.0, min=0.1, max=10.0, step=0.05, tooltip="Strength to this power, before the range: 2 spares middle strengths, 0.5 favours them, 1 changes nothing."),
+                io.Boolean.Input("invert", default=False, tooltip="Redraw what was kept and keep what was redrawn, before gamma and range."),
+                io.Mask.Input("protect", optional=True, tooltip="White parts are kept exactly, whatever their strength. Leaves on its edge are split down to the tree's smallest."),
+            ],
+            outputs=[TREE.Output("quadtree", tooltip="The tree with its new strengths.")],
+        )
+
+    @classmethod
+    def execute(cls, quadtree, min_denoise, max_denoise, gamma, invert, protect=None) -> io.NodeOutput:
+        return io.NodeOutput(trees.adjust_quadtree(quadtree, min_denoise=min_denoise, max_denoise=max_denoise, gamma=gamma, invert=invert, protect=protect))
+
+
+class QuadtreeToMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QuadtreeToMask", display_name="Quadtree to Mask", category=CATEGORY,
+            description="The strengths of a quadtree as a mask, for previews and for other nodes.",
+            inputs=[
+                TREE.Input("quadtree", tooltip="The tree to draw."),
+                io.Int.Input("width", default=0, min=0, max=16384, step=8, tooltip="Width of the mask in pixels; 0 takes the tree's own."),
+                io.Int.Input("height", default=0, min=0, max=16384, step=8, tooltip="Height of the mask in pixels; 0 takes the tree's own."),
+            ],
+            outputs=[io.Mask.Output("mask", tooltip="White = strength 1, black = 0.")],
+        )
+
+    @classmethod
+    def execute(cls, quadtree, width, height) -> io.NodeOutput:
+        return io.NodeOutput(trees.strength_raster(quadtree, height or quadtree.height, width or quadtree.width)[None])
+
+
+class QuadtreeTiledDiffusion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QuadtreeTiledDiffusion", display_name="Quadtree Tiled Diffusion", category=CATEGORY,
+            description="Patches a model to sample window by window, each leaf of a quadtree as much as its strength says. Put it before any sampler node; set that sampler's denoise to 1.",
+            search_aliases=["multidiffusion", "mixture of diffusers", "spotdiffusion", "tiled sampler", "upscale"],
+            inputs=[
+                io.Model.Input("model", tooltip="Any image or video model. It is not changed; a patched copy comes out."),
+                TREE.Input("quadtree", tooltip="Which part is to change how much. Made for the picture that is sampled, or for a smaller version of it."),
+                io.Combo.Input("method", options=list(METHODS), default=METHODS[0], tooltip="How windows are joined. Mixture of Diffusers trusts their middles, MultiDiffusion averages, SpotDiffusion moves windows without overlap at every step."),
+                io.Combo.Input("schedule", options=list(SCHEDULES), default=SCHEDULES[0], tooltip="img2img: a leaf of strength d is sampled for the last d of the steps. blend: a cross-fade at every step. ramp: kept first, free at the end."),
+                io.Int.Input("tile_overlap", default=64, min=0, max=512, step=8, tooltip="Pixels that a window sees beyond its square on every side. More hides seams better and costs more."),
+                io.Int.Input("tile_batch_size", default=0, min=0, max=64, tooltip="Windows of one shape that run at once; 0 takes as many as memory allows.", advanced=True),
+                io.Float.Input("skip_diffusion_below", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Leaves with a strength below this are kept exactly and never run."),
+                io.Int.Input("min_window", default=512, min=64, max=4096, step=64, advanced=True, tooltip="Side of the smallest windows that the model sees, in pixels of the picture that is sampled."),
+                io.Int.Input("max_window", default=1024, min=64, max=4096, step=64, tooltip="Side of the largest windows, in pixels of the picture that is sampled. About the size that the model was trained on."),
+                io.Combo.Input("shift_method", options=list(SHIFTS), default=SHIFTS[0], advanced=True, tooltip="SpotDiffusion only: in which order windows move."),
+                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, advanced=True, control_after_generate=False, tooltip="SpotDiffusion only: seed of the windows' movement."),
+                io.Latent.Input("original", optional=True, tooltip="For sampling that is split over several samplers: the encoded picture. A later stage starts from a half-sampled latent and cannot know it."),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="For sampling that is split over several samplers: the whole schedule, before the split."),
+            ],
+            outputs=[io.Model.Output("model", tooltip="The patched model, for any sampler node.")],
+        )
+
+    @classmethod
+    def execute(cls, model, quadtree, original=None, **settings) -> io.NodeOutput:
+        return io.NodeOutput(TiledDiffusion(quadtree, original=None if original is None else original["samples"], **settings).patched(model))
+
+
+class QuadtreeComposite(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QuadtreeComposite", display_name="Quadtree Composite", category=CATEGORY,
+            description="Puts the original's pixels back where the strength is 0, bit for bit. A VAE changes every pixel on its way, so this is what makes kept parts exact.",
+            inputs=[
+                io.Image.Input("original", tooltip="The picture before encoding, scaled to the size of image."),
+                io.Image.Input("image", tooltip="The decoded result."),
+                TREE.Input("quadtree", tooltip="The tree that was sampled with."),
+                io.Int.Input("feather", default=32, min=0, max=512, step=2, tooltip="Width in pixels of the passage between the two. It lies inside the leaves that changed, so that kept pixels stay exact."),
+            ],
+            outputs=[io.Image.Output("image", tooltip="The result, with strength-0 leaves exactly as in the original.")],
+        )
+
+    @classmethod
+    def execute(cls, original, image, quadtree, feather) -> io.NodeOutput:
+        return io.NodeOutput(trees.composite(original, image, quadtree, feather=feather))
+
+
+class QuadtreeExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [QuadtreeFromImage, QuadtreeFromMask, QuadtreeAdjust, QuadtreeToMask, QuadtreeTiledDiffusion, QuadtreeComposite]

@@ -1,0 +1,476 @@
+"""Where is detail in a picture? Everything here is in pixels.
+
+Leaves are aligned squares, so the whole tree comes from one pyramid: sums and sums of squares per
+smallest leaf, then 2 x 2 pooling upwards. Finkel and Bentley, "Quad Trees", 1974.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+METRICS = ("variance", "gradient", "combined")
+
+# One level of an 8-bit picture: a smaller deviation is rounding, not detail.
+VISIBLE = 1.0
+
+# The colour map viridis (CC0) at eleven even steps: even to the eye, and safe for colour-blind readers.
+VIRIDIS = (
+    (68, 1, 84), (72, 36, 117), (65, 68, 135), (53, 95, 141), (42, 120, 142), (33, 145, 140),
+    (34, 168, 132), (68, 191, 112), (122, 209, 81), (189, 223, 38), (253, 231, 37),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rect:
+    """A half-open rectangle; the owner says whether in pixels or in cells."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A square of the picture, clipped at its border.
+
+    side: px before clipping. detail: in the metric's unit, 0..255 scale. strength: 0 keep .. 1 redraw.
+    """
+
+    rect: Rect
+    side: int
+    detail: float
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class Quadtree:
+    """Leaves that cover each pixel of a height x width picture once, in order of (top, left)."""
+
+    height: int
+    width: int
+    min_leaf: int
+    max_leaf: int
+    leaves: tuple[Leaf, ...]
+
+    @property
+    def mean_strength(self) -> float:
+        """The strength of the average pixel: the share of full sampling that the picture needs."""
+        return sum(leaf.strength * leaf.rect.height * leaf.rect.width for leaf in self.leaves) / (self.height * self.width)
+
+    @property
+    def kept_share(self) -> float:
+        """The share of the pixels whose strength is 0."""
+        kept = sum(leaf.rect.height * leaf.rect.width for leaf in self.leaves if leaf.strength == 0)
+        return kept / (self.height * self.width)
+
+
+@dataclass(frozen=True)
+class CellStatistics:
+    """What the pyramid is made of, per cell of cell_px x cell_px pixels.
+
+    area: (rows, cols) pixels. sums, squares: (B, rows, cols, C). gradients: (B, rows, cols) or None.
+    """
+
+    height: int
+    width: int
+    cell_px: int
+    area: torch.Tensor
+    sums: torch.Tensor
+    squares: torch.Tensor
+    gradients: torch.Tensor | None
+
+
+def measure_cells(image: torch.Tensor, cell_px: int, *, with_gradients: bool = True) -> CellStatistics:
+    """Sum an image and its squares over square cells, in one pass.
+
+    image: (B, H, W, C) in 0..1; channels after the third (alpha) are left out.
+    Raises ValueError for an empty picture and for one with NaN or infinite pixels.
+    """
+    if image.ndim != 4 or 0 in image.shape:
+        raise ValueError(f"image: expected a picture of shape (batch, height, width, channels), got {tuple(image.shape)}. Connect an IMAGE that is not empty.")
+    sums, squares, gradients = [], [], []
+    for top in range(0, image.shape[1], cell_px):
+        band = image[:, top:top + cell_px + 1, :, :3].float()
+        if with_gradients:
+            gradients.append(_gradient_energy(band, cell_px).sum(1))
+        band = band[:, :cell_px]
+        sums.append(band.sum(1))
+        squares.append(band.square().sum(1))
+    fold = lambda rows: _blocks(torch.stack(rows, 1).double(), cell_px, 2)
+    area = _blocks(_blocks(torch.ones(image.shape[1:3], dtype=torch.float64, device=image.device), cell_px, 0), cell_px, 1)
+    found = CellStatistics(image.shape[1], image.shape[2], cell_px, area, fold(sums), fold(squares), fold(gradients) if gradients else None)
+    if not bool(torch.isfinite(found.squares).all()):
+        raise ValueError("image: expected pixels between 0 and 1, got NaN or infinite ones. Look for the node before this one that made them (a VAE in half precision often does).")
+    return found
+
+
+def coarsen(cells: CellStatistics, factor: int) -> CellStatistics:
+    """Join factor x factor cells into one; the last row and column may be smaller."""
+    pool = lambda values, dim: _blocks(_blocks(values, factor, dim), factor, dim + 1)
+    gradients = None if cells.gradients is None else pool(cells.gradients, 1)
+    return CellStatistics(cells.height, cells.width, cells.cell_px * factor, pool(cells.area, 0), pool(cells.sums, 1), pool(cells.squares, 1), gradients)
+
+
+def build_quadtree(
+    image: torch.Tensor, *, detail_budget: float = 0.4, content_threshold: float = 25.0, min_leaf: int = 64,
+    max_leaf: int = 1024, min_denoise: float = 0.0, max_denoise: float = 1.0, metric: str = "variance",
+) -> Quadtree:
+    """Build one tree for all images of a batch; a leaf's content is the maximum over them.
+
+    image: (B, H, W, C) in 0..1. The other arguments are those of grow_quadtree.
+    """
+    check_leaves(min_leaf, max_leaf)
+    cells = measure_cells(image, min_leaf, with_gradients=metric != "variance")
+    return grow_quadtree(
+        cells, detail_budget=detail_budget, content_threshold=content_threshold, max_leaf=max_leaf,
+        min_denoise=min_denoise, max_denoise=max_denoise, metric=metric)
+
+
+def grow_quadtree(
+    cells: CellStatistics, *, detail_budget: float, content_threshold: float, max_leaf: int,
+    min_denoise: float, max_denoise: float, metric: str,
+) -> Quadtree:
+    """Split while the content exceeds a threshold, and give every leaf its strength.
+
+    cells: one per smallest leaf. detail_budget: share of the picture to redraw, 0..1; 0 takes content_threshold
+    (0..255 scale) as it is. A leaf's strength runs from min_denoise at max_leaf to max_denoise at the
+    smallest leaf, in log2 of the side.
+    """
+    check_leaves(cells.cell_px, max_leaf)
+    _check_strengths(detail_budget, min_denoise, max_denoise)
+    if content_threshold < 0:
+        raise ValueError(f"content_threshold: expected 0 or more, got {content_threshold}.")
+    contents, areas = _content_levels(cells, max_leaf, metric)
+    effective = _least_of_ancestors(contents)
+    threshold = _threshold_for_budget(effective, areas, detail_budget) if detail_budget > 0 else content_threshold
+    level = _leaf_level([values > threshold for values in effective])
+    top_level = len(contents) - 1
+    scale = 1.0 - level / top_level if top_level else torch.ones_like(contents[0])
+    strength = min_denoise + (max_denoise - min_denoise) * scale
+    return _collect_leaves(cells.height, cells.width, cells.cell_px, max_leaf, level, _at_level(contents, level), strength)
+
+
+def quadtree_from_mask(mask: torch.Tensor, *, min_leaf: int = 64, max_leaf: int = 1024) -> Quadtree:
+    """Build a tree whose strengths are a mask's: leaves are as large as the mask is even.
+
+    mask: (B, H, W) or (H, W) in 0..1, white = 1 = redraw; of several the maximum counts.
+    A leaf on an edge of the mask, min_leaf large, gets the mean, to 1/255.
+    """
+    check_leaves(min_leaf, max_leaf)
+    mask = _flat_mask(mask, "mask")
+    levels = _levels_between(min_leaf, max_leaf)
+    area = _pool(torch.ones_like(mask), min_leaf, torch.sum)
+    mean, low, high = (_pool(mask, min_leaf, how) for how in (torch.sum, torch.amin, torch.amax))
+    means, uneven = [mean / area], [high - low > 1 / 255]
+    for _ in range(levels):
+        area, mean = (_pool(values, 2, torch.sum) for values in (area, mean))
+        low, high = _pool(low, 2, torch.amin), _pool(high, 2, torch.amax)
+        means.append(mean / area)
+        uneven.append(high - low > 1 / 255)
+    level = _leaf_level(uneven)
+    strength = (_at_level(means, level) * 255).round() / 255
+    return _collect_leaves(*mask.shape, min_leaf, max_leaf, level, strength * 255, strength)
+
+
+def adjust_quadtree(
+    tree: Quadtree, *, min_denoise: float = 0.0, max_denoise: float = 1.0, gamma: float = 1.0, invert: bool = False,
+    protect: torch.Tensor | None = None,
+) -> Quadtree:
+    """Remap every strength s to min + (max - min) * s ** gamma, and keep what a mask protects.
+
+    invert: takes 1 - s first. protect: (B, H, W) or (H, W) of the tree's aspect, white = keep exactly;
+    leaves on its edge are split down to min_leaf.
+    """
+    _check_strengths(0.0, min_denoise, max_denoise)
+    if gamma <= 0:
+        raise ValueError(f"gamma: expected a number above 0, got {gamma}. 1 changes nothing, 2 spares middle strengths, 0.5 favours them.")
+    level, detail, strength = _grids(tree)
+    strength = min_denoise + (max_denoise - min_denoise) * (1 - strength if invert else strength) ** gamma
+    if protect is not None:
+        level, strength = _protected(tree, level, strength, _flat_mask(protect, "protect"))
+    return _collect_leaves(tree.height, tree.width, tree.min_leaf, tree.max_leaf, level, detail, strength)
+
+
+def strength_raster(tree: Quadtree, height: int, width: int) -> torch.Tensor:
+    """Scale the tree to a raster: each cell has the strength of the leaf over its centre.
+
+    Returns (height, width) float32. A quadtree is resolution-free: the raster may be the picture's, its
+    latent's or its upscale's. Raises ValueError for another aspect.
+    """
+    check_aspect(tree, height, width, "the latent or picture")
+    _, _, strength = _grids(tree)
+    rows = ((torch.arange(height) + 0.5) * (tree.height / height / tree.min_leaf)).long().clamp_(max=strength.shape[0] - 1)
+    cols = ((torch.arange(width) + 0.5) * (tree.width / width / tree.min_leaf)).long().clamp_(max=strength.shape[1] - 1)
+    return strength.float()[rows][:, cols]
+
+
+def check_aspect(tree: Quadtree, height: int, width: int, what: str) -> None:
+    """Raise ValueError unless some whole scale turns the tree's size into height x width, to within a cell.
+
+    A host that crops pictures to whole cells shifts both sides by less than one.
+    """
+    scales = [(side_px / (side + 1), side_px / max(side - 1, 1e-9)) for side_px, side in ((tree.height, height), (tree.width, width))]
+    if max(low for low, _ in scales) >= min(high for _, high in scales):
+        raise ValueError(
+            f"quadtree: made for a picture of {tree.width} x {tree.height}, but {what} is {width} x {height}, which is another aspect. "
+            "Build the quadtree from the picture that you encode, after any crop.")
+
+
+def draw_quadtree(image: torch.Tensor, tree: Quadtree, *, opacity: float = 0.45) -> torch.Tensor:
+    """Lay the leaves' strengths (as colours) and borders over a picture of the tree's size.
+
+    image: (B, H, W, C). Returns (B, H, W, 3) in 0..1.
+    """
+    check_aspect(tree, image.shape[1], image.shape[2], "the picture")
+    leaf_ids, strength = _leaf_ids(tree), _grids(tree)[2]
+    tint = strength_colour(strength).to(image.device) * opacity  # (rows, cols, 3)
+    out = torch.empty(*image.shape[:3], 3, device=image.device)
+    for row, top in enumerate(range(0, tree.height, tree.min_leaf)):
+        band = tint[row].repeat_interleave(tree.min_leaf, 0)[:tree.width]
+        torch.add(band, image[:, top:top + tree.min_leaf, :, :3], alpha=1 - opacity, out=out[:, top:top + tree.min_leaf])
+    _draw_borders(out, leaf_ids, tree.min_leaf)
+    return out
+
+
+def strength_colour(strength: torch.Tensor) -> torch.Tensor:
+    """The colour of each strength, (..., 3) in 0..1: dark violet is kept, yellow is redrawn."""
+    table = torch.tensor(VIRIDIS, dtype=torch.float32) / 255
+    position = strength.float().cpu().clamp(0, 1) * (len(VIRIDIS) - 1)
+    below = position.floor().long().clamp(max=len(VIRIDIS) - 2)
+    return torch.lerp(table[below], table[below + 1], (position - below).unsqueeze(-1))
+
+
+def composite(original: torch.Tensor, image: torch.Tensor, tree: Quadtree, *, feather: int = 32) -> torch.Tensor:
+    """Put the original's pixels back where the strength is 0, bit for bit.
+
+    original, image: (B, H, W, C) of one size. feather: width in px of the ramp between the two; it lies inside
+    the leaves that changed, and is narrowed to half the smallest of them.
+    """
+    if original.shape[1:] != image.shape[1:]:
+        raise ValueError(
+            f"original: expected the size of image, {image.shape[2]} x {image.shape[1]} with {image.shape[3]} channels, got "
+            f"{original.shape[2]} x {original.shape[1]} with {original.shape[3]}. Scale the original first, for instance with Upscale Image.")
+    height, width = image.shape[1:3]
+    changed = (strength_raster(tree, height, width) > 0).float()
+    smallest = min(tree.min_leaf * height / tree.height, tree.min_leaf * width / tree.width)
+    radius = min(feather // 2, int(smallest) // 4)
+    alpha = _inner_ramp(changed, radius).to(image.device)[None, :, :, None]
+    original = original.to(device=image.device, dtype=image.dtype)
+    return torch.where(alpha == 0, original, torch.lerp(original, image, alpha.to(image.dtype)))
+
+
+def check_leaves(min_leaf: int, max_leaf: int) -> None:
+    """Raise ValueError unless max_leaf is min_leaf doubled a whole number of times."""
+    if min_leaf < 1 or max_leaf < min_leaf:
+        raise ValueError(f"min_leaf: expected 1 px or more and at most max_leaf ({max_leaf}), got {min_leaf}. Make min_leaf smaller or max_leaf larger.")
+    if min_leaf << _levels_between(min_leaf, max_leaf) != max_leaf:
+        below = min_leaf << _levels_between(min_leaf, max_leaf)
+        raise ValueError(f"max_leaf: expected min_leaf ({min_leaf}) doubled some times, got {max_leaf}. The nearest are {below} and {below * 2}.")
+
+
+def _levels_between(min_leaf: int, max_leaf: int) -> int:
+    return (max_leaf // min_leaf).bit_length() - 1
+
+
+def _check_strengths(detail_budget: float, min_denoise: float, max_denoise: float) -> None:
+    for name, value in (("detail_budget", detail_budget), ("min_denoise", min_denoise), ("max_denoise", max_denoise)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a number from 0 to 1, got {value}.")
+    if min_denoise > max_denoise:
+        raise ValueError(f"min_denoise: expected at most max_denoise ({max_denoise}), got {min_denoise}. To redraw flat parts instead, use Quadtree Adjust with invert.")
+
+
+def _flat_mask(mask: torch.Tensor, name: str) -> torch.Tensor:
+    """One (H, W) mask in 0..1 from a batch: the maximum."""
+    mask = mask.float()
+    if mask.ndim not in (2, 3) or 0 in mask.shape:
+        raise ValueError(f"{name}: expected a MASK of shape (batch, height, width), got {tuple(mask.shape)}.")
+    if not bool(torch.isfinite(mask).all()):
+        raise ValueError(f"{name}: expected values between 0 and 1, got NaN or infinite ones.")
+    return (mask.amax(0) if mask.ndim == 3 else mask).clamp(0, 1)
+
+
+def _blocks(values: torch.Tensor, side: int, dim: int, how=torch.sum) -> torch.Tensor:
+    """Reduce runs of `side` along a dimension; the last run may be shorter."""
+    length = values.shape[dim]
+    whole = length - length % side
+    parts = []
+    if whole:
+        parts.append(how(values.narrow(dim, 0, whole).unflatten(dim, (whole // side, side)), dim=dim + 1))
+    if whole < length:
+        parts.append(how(values.narrow(dim, whole, length - whole), dim=dim, keepdim=True))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _pool(values: torch.Tensor, side: int, how) -> torch.Tensor:
+    """Reduce side x side blocks of a (rows, cols) grid."""
+    return _blocks(_blocks(values, side, 0, how), side, 1, how)
+
+
+def _gradient_energy(band: torch.Tensor, rows: int) -> torch.Tensor:
+    """Squared differences to the right and lower neighbour, summed over channels: (B, rows, W)."""
+    energy = F.pad((band[:, :, 1:] - band[:, :, :-1]).square().sum(-1), (0, 1))
+    energy[:, :band.shape[1] - 1] += (band[:, 1:] - band[:, :-1]).square().sum(-1)
+    return energy[:, :rows]
+
+
+def _content(cells: CellStatistics, metric: str) -> torch.Tensor:
+    """Content on the 0..255 scale: sqrt(var R + var G + var B), the RMS gradient, or their quadratic mean."""
+    area = cells.area[None, :, :, None]
+    variance = (cells.squares / area - (cells.sums / area).square()).clamp_min(0).sum(-1)
+    if metric == "variance":
+        return 255 * variance.amax(0).sqrt()
+    gradient = cells.gradients / cells.area
+    if metric == "gradient":
+        return 255 * gradient.amax(0).sqrt()
+    if metric == "combined":
+        return 255 * ((variance + gradient) / 2).amax(0).sqrt()
+    raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}.")
+
+
+def _content_levels(cells: CellStatistics, max_leaf: int, metric: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Contents and areas per level, smallest leaves first, on the CPU, where the small grids are quicker."""
+    contents, areas = [], []
+    for level in range(_levels_between(cells.cell_px, max_leaf) + 1):
+        cells = coarsen(cells, 2) if level else cells
+        contents.append(_content(cells, metric).cpu())
+        areas.append(cells.area.cpu())
+    return contents, areas
+
+
+def _double(grid: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Each node's value for its four quarters, cut to the finer grid's shape."""
+    return grid.repeat_interleave(2, 0).repeat_interleave(2, 1)[:like.shape[0], :like.shape[1]]
+
+
+def _least_of_ancestors(contents: list[torch.Tensor]) -> list[torch.Tensor]:
+    """A node is split when it and all above it exceed the threshold: when the least of them does."""
+    least = [contents[-1]]
+    for content in reversed(contents[:-1]):
+        least.append(torch.minimum(content, _double(least[-1], content)))
+    return least[::-1]
+
+
+def _threshold_for_budget(effective: list[torch.Tensor], areas: list[torch.Tensor], budget: float) -> float:
+    """The threshold whose area-mean strength comes nearest to the budget.
+
+    Splitting a node adds its share of the area over the number of levels, so the mean strength is a
+    cumulated sum over nodes in order of their content.
+    """
+    levels = len(effective) - 1
+    if levels == 0:
+        return VISIBLE
+    values, order = torch.cat([grid.flatten() for grid in effective[1:]]).sort(descending=True)
+    gains = torch.cat([grid.flatten() for grid in areas[1:]])[order] / (areas[0].sum() * levels)
+    reached = F.pad(gains.cumsum(0), (1, 0))  # the mean strength after 0, 1, 2, ... splits
+    wanted = min(int(torch.searchsorted(reached, budget)), len(values)) - 1
+    # Nodes of one content are split together or not at all.
+    fewer, more = int((values > values[wanted]).sum()), int((values >= values[wanted]).sum())
+    splits = more if reached[more] - budget < budget - reached[fewer] else fewer
+    return max(float(values[splits]) if splits < len(values) else 0.0, VISIBLE)
+
+
+def _leaf_level(split: list[torch.Tensor]) -> torch.Tensor:
+    """The level of the leaf over each smallest cell: the top level less the splits above the cell."""
+    level = torch.zeros_like(split[-1], dtype=torch.long)
+    for finer, here in zip(reversed(split[:-1]), reversed(split[1:])):
+        level = _double(level + ~here, finer)
+    return level
+
+
+def _at_level(grids: list[torch.Tensor], level: torch.Tensor) -> torch.Tensor:
+    """For each smallest cell the value of the leaf over it."""
+    out = grids[-1]
+    for depth in range(len(grids) - 2, -1, -1):
+        out = torch.where(level[::1 << depth, ::1 << depth] > depth, _double(out, grids[depth]), grids[depth])
+    return out
+
+
+def _collect_leaves(height, width, min_leaf, max_leaf, level, detail, strength) -> Quadtree:
+    """Make the leaves from three grids of smallest cells, each constant over a leaf."""
+    found = []
+    for depth in range(_levels_between(min_leaf, max_leaf) + 1):
+        step, side = 1 << depth, min_leaf << depth
+        here = level[::step, ::step] == depth
+        rows, cols = here.nonzero(as_tuple=True)
+        values = zip((rows * side).tolist(), (cols * side).tolist(), detail[::step, ::step][here].tolist(), strength[::step, ::step][here].tolist())
+        found += [Leaf(Rect(top, left, min(top + side, height), min(left + side, width)), side, content, amount) for top, left, content, amount in values]
+    found.sort(key=lambda leaf: (leaf.rect.top, leaf.rect.left))
+    return Quadtree(height, width, min_leaf, max_leaf, tuple(found))
+
+
+def _grids(tree: Quadtree) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Level, detail and strength of the leaf over each smallest cell."""
+    rows, cols = math.ceil(tree.height / tree.min_leaf), math.ceil(tree.width / tree.min_leaf)
+    leaves = torch.tensor([(leaf.rect.top, leaf.rect.left, leaf.side, leaf.detail, leaf.strength) for leaf in tree.leaves], dtype=torch.float64)
+    grids = torch.zeros(3, rows, cols, dtype=torch.float64)
+    for depth in range(_levels_between(tree.min_leaf, tree.max_leaf) + 1):
+        step, side = 1 << depth, tree.min_leaf << depth
+        mine = leaves[leaves[:, 2] == side]
+        coarse = torch.zeros(4, math.ceil(rows / step), math.ceil(cols / step), dtype=torch.float64)
+        values = torch.stack([torch.full_like(mine[:, 2], depth), mine[:, 3], mine[:, 4], torch.ones_like(mine[:, 2])])
+        coarse[:, (mine[:, 0] // side).long(), (mine[:, 1] // side).long()] = values
+        fine = coarse.repeat_interleave(step, 1).repeat_interleave(step, 2)[:, :rows, :cols]
+        grids += fine[:3] * fine[3]
+    return grids[0].long(), grids[1], grids[2]
+
+
+def _protected(tree: Quadtree, level: torch.Tensor, strength: torch.Tensor, protect: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split leaves where the protection is uneven, and weaken each by the most that it is protected."""
+    check_aspect(tree, *protect.shape, "the protect mask")
+    if tuple(protect.shape) != (tree.height, tree.width):
+        protect = F.interpolate(protect[None, None], (tree.height, tree.width), mode="nearest-exact")[0, 0]
+    low, high = (_pool(protect.cpu(), tree.min_leaf, how) for how in (torch.amin, torch.amax))
+    strength = strength * (1 - high)
+    split = [torch.zeros_like(level, dtype=torch.bool)]
+    finest = level
+    low = high.clone()
+    for depth in range(1, _levels_between(tree.min_leaf, tree.max_leaf) + 1):
+        finest, low, high = _pool(finest, 2, torch.amin), _pool(low, 2, torch.amin), _pool(high, 2, torch.amax)
+        split.append((finest < depth) | (high - low > 1 / 255))
+    return _leaf_level(split), strength
+
+
+def _leaf_ids(tree: Quadtree) -> torch.Tensor:
+    """A number per leaf, over each smallest cell: its top left cell's."""
+    level = _grids(tree)[0]
+    rows, cols = torch.arange(level.shape[0])[:, None], torch.arange(level.shape[1])
+    return (rows >> level << level) * level.shape[1] + (cols >> level << level)
+
+
+def _draw_borders(out: torch.Tensor, leaf_ids: torch.Tensor, cell_px: int) -> None:
+    """Draw a light line, in place, wherever two neighbouring cells belong to different leaves."""
+    height, width = out.shape[1:3]
+    thickness = max(1, min(cell_px // 8, round(max(height, width) / 1024)))
+    below = (leaf_ids[1:] != leaf_ids[:-1]).repeat_interleave(cell_px, 1)[:, :width]
+    beside = (leaf_ids[:, 1:] != leaf_ids[:, :-1]).repeat_interleave(cell_px, 0)[:height]
+    for offset in range(thickness):
+        lines = out[:, cell_px + offset::cell_px]
+        lines[:, below[:lines.shape[1]].to(out.device)] = 0.9
+        lines = out[:, :, cell_px + offset::cell_px]
+        lines[:, beside[:, :lines.shape[2]].to(out.device)] = 0.9
+
+
+def _inner_ramp(changed: torch.Tensor, radius: int) -> torch.Tensor:
+    """From 0 on every kept pixel to 1 at 2 * radius px inside the changed ones: shrink, then blur as far."""
+    if radius < 1:
+        return changed
+    side = 2 * radius + 1
+    ramp = changed[None, None]
+    for kernel, padding in (((side, 1), (radius, 0)), ((1, side), (0, radius))):
+        ramp = -F.max_pool2d(-ramp, kernel, 1, padding)
+    for kernel, padding in (((side, 1), (radius, 0)), ((1, side), (0, radius))):
+        ramp = F.avg_pool2d(ramp, kernel, 1, padding, count_include_pad=False)
+    return ramp[0, 0] * changed

@@ -1,0 +1,334 @@
+"""The patch: samples the latent window by window, so that each part changes exactly as much as it was told.
+
+Works in cells of the latent, and with `denoised`, the estimate of the clean latent that the host's models return in
+every family. With s the share of a cell at a sigma and `original` the latent that came in,
+
+    denoised = (1 - s) * original + s * model_denoised
+
+is the blend of two velocities, (x - original) / sigma, which preserves, and (x - model_denoised) / sigma, since denoised
+is affine in the velocity, in eps and in v.
+"""
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.utils
+
+from .conditioning import Canvas, cut_conds, cut_latent, kind_of_window
+from .denoise_schedule import SCHEDULES, progress_at, share_at, txt2img_share_at
+from .quadtree import Quadtree, strength_raster
+from .windows import (
+    METHODS, SHIFTS, Blend, TilePlan, WindowCost, WindowSizes, full_grid, group_windows, plan_blend, plan_windows, shift_offsets, slices, window_sizes)
+
+KEY = "quadtree_tiled_diffusion"
+
+# More windows at once fill no accelerator better, and a cancelled run would wait for all of them.
+LARGEST_BATCH = 16
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class TiledDiffusion:
+    """What the user chose. Sizes are pixels of the picture that is sampled; tile_batch_size 0 is as memory allows.
+
+    original, sigmas: the clean latent, as the host's nodes pass it, and the whole schedule, for a stage of several.
+    """
+
+    tree: Quadtree
+    method: str = "Mixture of Diffusers"
+    schedule: str = "img2img"
+    tile_overlap: int = 64
+    tile_batch_size: int = 0
+    skip_diffusion_below: float = 0.0
+    min_window: int = 512
+    max_window: int = 1024
+    shift_method: str = "random"
+    seed: int = 0
+    original: torch.Tensor | None = None
+    sigmas: torch.Tensor | None = None
+
+    def __post_init__(self):
+        for name, value, allowed in (("method", self.method, METHODS), ("schedule", self.schedule, SCHEDULES), ("shift_method", self.shift_method, SHIFTS)):
+            if value not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}.")
+        if not 0 < self.min_window <= self.max_window:
+            raise ValueError(f"min_window: expected at least 1 px and at most max_window ({self.max_window}), got {self.min_window}.")
+        if self.tile_overlap < 0 or self.tile_batch_size < 0:
+            raise ValueError(f"tile_overlap and tile_batch_size: expected 0 or more, got {self.tile_overlap} and {self.tile_batch_size}.")
+        if not 0 <= self.skip_diffusion_below <= 1:
+            raise ValueError(f"skip_diffusion_below: expected a strength from 0 to 1, got {self.skip_diffusion_below}.")
+
+    def patched(self, model):
+        """A clone of the model that samples by this tree, in place of any other tree on it."""
+        types = comfy.patcher_extension.WrappersMP
+        model = model.clone()
+        for kind, wrapper in (
+            (types.OUTER_SAMPLE, self._outer_sample), (types.PREPARE_SAMPLING, self._prepare_sampling), (types.SAMPLER_SAMPLE, _sampler_sample),
+            (types.CALC_COND_BATCH, _calc_cond_batch), (types.PREDICT_NOISE, _predict_noise),
+        ):
+            model.remove_wrappers_with_key(kind, KEY)
+            model.add_wrapper_with_key(kind, KEY, wrapper)
+        return model
+
+    def sizes(self, model, shape) -> WindowSizes:
+        """The windows' sizes in cells of this model's latents."""
+        cell_px = model.latent_format.spacial_downscale_ratio
+        overlap = 0 if self.method == "SpotDiffusion" else self.tile_overlap
+        return window_sizes(self.min_window // cell_px, self.max_window // cell_px, math.ceil(overlap / cell_px), patch_cells(model))
+
+    def _outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        """Give the run its state; afterwards put back what was to be kept.
+
+        Here and not where the sampler ends: the latent's way into the model's scale and back costs the last bit.
+        """
+        _check_latent(latent_image, kwargs.get("latent_shapes"))
+        run = Run(self)
+        # In this run the guider's options are a copy, made by CFGGuider.sample.
+        executor.class_obj.model_options["transformer_options"][KEY] = run
+        # Some samplers (uni_pc) overwrite their last sigma.
+        finishes = len(sigmas) > 0 and float(sigmas[-1]) == 0
+        samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        run.report()
+        return run.restored(samples, latent_image) if finishes else samples
+
+    def _prepare_sampling(self, executor, model, noise_shape, conds, *args, **kwargs):
+        """Report the shape of one window batch, so that memory is set aside for it and not for the canvas."""
+        sizes = self.sizes(model.model, noise_shape)
+        height, width = sizes.shape(sizes.sides[-1], *noise_shape[-2:])
+        shape = [noise_shape[0] * max(self.tile_batch_size, 1), *noise_shape[1:-2], height, width]
+        return executor(model, min(shape, list(noise_shape), key=math.prod), conds, *args, **kwargs)
+
+
+class Run:
+    """The state of one sampling run; it lives in that run's transformer_options and nowhere else."""
+
+    def __init__(self, settings: TiledDiffusion):
+        self.settings = settings
+        self.original: torch.Tensor | None = None
+        self.plans: dict = {}
+        self.prepared: dict = {}
+        self.batch_limit = settings.tile_batch_size or LARGEST_BATCH
+        self.calls = self.windows = self.grid_windows = 0
+        self.cost = self.grid_cost = 0.0
+
+    def begin(self, model, conds, sigmas, noise, latent) -> None:
+        """Learn what this run is about: the original, the strengths, the schedule and the windows' sizes."""
+        settings = self.settings
+        self.strengths = strength_raster(settings.tree, *latent.shape[-2:])
+        self.strengths[self.strengths < settings.skip_diffusion_below] = 0
+        self.original = self._find_original(model, noise, latent)
+        self.strengths = self.strengths.to(latent.device)
+        self.levels = self.strengths.unique().cpu()
+        schedule = sigmas if settings.sigmas is None else settings.sigmas
+        self.schedule = tuple(schedule.tolist())
+        self.sizes = settings.sizes(model, latent.shape)
+        self.cost_of = window_cost(model, conds, latent.shape)
+        self.grid = full_grid(*latent.shape[-2:], self.sizes, self.cost_of)
+        steps = len(self.schedule) - 1
+        self.offsets = shift_offsets(settings.shift_method, steps, self.sizes.sides[-1], patch_cells(model), settings.seed) if settings.method == "SpotDiffusion" else [(0, 0)] * steps
+
+    def _find_original(self, model, noise, latent):
+        """The clean latent in the model's scale, or None where there is none to preserve."""
+        wired = self.settings.original
+        if wired is not None:
+            wired = _fit_original(wired, latent)
+            return model.process_latent_in(wired) if bool(torch.count_nonzero(wired)) else None
+        if not bool(torch.count_nonzero(latent)):
+            log.info("the latent is empty, so there is nothing to preserve: every part is sampled, flat ones more gently")
+            return None
+        if not bool(torch.count_nonzero(noise)):
+            log.warning("this stage starts without noise, so it cannot know the original: nothing is preserved. Connect the encoded picture to `original`.")
+            self.strengths.fill_(1)
+        return latent
+
+    def progress(self, sigma: torch.Tensor) -> float:
+        return progress_at(float(sigma.flatten()[0]), self.schedule)
+
+    def share(self, progress: float, strengths: torch.Tensor) -> torch.Tensor:
+        if self.original is None:
+            return txt2img_share_at(strengths, progress, len(self.schedule) - 1)
+        return share_at(self.settings.schedule, strengths, progress)
+
+    def plan(self, progress: float) -> tuple[TilePlan, Blend]:
+        """The windows and their weights at a progress: made once for each set of active strengths and each shift."""
+        active = int((self.share(progress, self.levels) > 0).sum())
+        offset = self.offsets[min(int(progress * len(self.offsets) + 1e-5), len(self.offsets) - 1)]
+        if (active, offset) not in self.plans:
+            cells = self.share(progress, self.strengths.cpu()) > 0
+            plan = plan_windows(cells, self.sizes, self.cost_of, offset)
+            self.plans[active, offset] = plan, plan_blend(self.settings.method, plan, self.strengths.device)
+        return self.plans[active, offset]
+
+    def count(self, plan: TilePlan) -> None:
+        self.calls += 1
+        self.windows += len(plan.windows)
+        self.grid_windows += len(self.grid.windows)
+        self.cost += plan.cost
+        self.grid_cost += self.grid.cost
+
+    def restored(self, samples: torch.Tensor, latent_image: torch.Tensor) -> torch.Tensor:
+        """The samples with the original, bit for bit, where the strength is 0."""
+        if self.original is None:
+            return samples
+        wired = self.settings.original
+        original = latent_image if wired is None else _fit_original(wired, samples)
+        return torch.where(self.strengths.to(samples.device) == 0, comfy.utils.repeat_to_batch_size(original.to(samples), samples.shape[0]), samples)
+
+    def report(self) -> None:
+        """The run's one line in the log."""
+        if not self.calls:
+            return
+        kept = float((self.strengths == 0).double().mean()) if self.original is not None else 0.0
+        log.info(
+            "%d of %d windows over %d steps, %.2f of the full cost; %.0f %% of the picture kept exactly",
+            self.windows, self.grid_windows, len(self.schedule) - 1, self.cost / self.grid_cost, 100 * kept)
+
+
+def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs):
+    """Begin the run, now that the model is loaded and the latent is in its scale."""
+    run = _run_of(extra_args["model_options"])
+    if run is not None:
+        run.begin(guider.inner_model, guider.conds.values(), sigmas, noise, latent_image)
+    return executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
+
+
+def _predict_noise(executor, x, sigma, model_options={}, *args, **kwargs):
+    """Blend the original in, once, after guidance and all that other nodes do to it."""
+    denoised = executor(x, sigma, model_options, *args, **kwargs)
+    run = _run_of(model_options)
+    if run is None:
+        return denoised
+    share = run.share(run.progress(sigma), run.strengths).to(denoised)
+    return torch.lerp(x if run.original is None else _like(run.original, denoised), denoised, share)
+
+
+def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
+    """Let the host evaluate each batch of windows, and add them up."""
+    run = _run_of(model_options)
+    if run is None:
+        return executor(model, conds, x, sigma, model_options)
+    progress = run.progress(sigma)
+    plan, blend = run.plan(progress)
+    run.count(plan)
+    if plan.is_whole:
+        results = executor(model, conds, x, sigma, model_options)
+    else:
+        results = _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, blend)
+    if run.original is None:
+        return results
+    # Guidance of other nodes reads these results, too: a kept cell is the original in each of them.
+    kept = run.share(progress, run.strengths) == 0
+    original = _like(_frames(run.original, model_options), x)
+    return [result if cond is None else torch.where(kept, original, result) for cond, result in zip(conds, results)]
+
+
+def _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, blend) -> list[torch.Tensor]:
+    """The weighted sum of the model's results over the windows, one per conditioning."""
+    run = _run_of(model_options)
+    canvas = Canvas(tuple(x.shape), run.prepared)
+    totals = [torch.zeros_like(x) for _ in conds]
+    pending = deque(group_windows(plan.windows, lambda window: kind_of_window(conds, window.rect)))
+    while pending:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        group = pending.popleft()
+        limit = min(run.batch_limit, _fitting(model, conds, x, group, canvas))
+        if len(group) > limit:
+            pending.appendleft(group[limit:])
+            group = group[:limit]
+        rects = [window.rect for window in group]
+        try:
+            results = executor(model, cut_conds(conds, rects, canvas), cut_latent(x, rects), sigma.repeat(len(group)), model_options)
+        except comfy.model_management.OOM_EXCEPTION:
+            if len(group) == 1:
+                raise
+            _halve_batches(run, len(group))
+            pending.appendleft(group)
+            continue
+        for total, result, cond in zip(totals, results, conds):
+            if cond is not None:
+                for window, part in zip(group, result.chunk(len(group))):
+                    total[slices(window.rect)].addcmul_(part, blend.weight_of(window, part))
+    return totals
+
+
+def _halve_batches(run: Run, size: int) -> None:
+    """From here on run half as many windows at once."""
+    run.batch_limit = size // 2
+    log.info("out of memory with %d windows at once: going on with %d", size, run.batch_limit)
+    comfy.model_management.soft_empty_cache()
+
+
+def _fitting(model, conds, x, group, canvas) -> int:
+    """How many of these windows the host would run at once, with all conditionings, by its own estimate."""
+    if len(group) == 1:
+        return 1
+    rects = [group[0].rect]
+    entries = [entry for entries in cut_conds(conds, rects, canvas) if entries is not None for entry in entries]
+    rows = x.shape[0] * max(len(entries), 1)
+    shapes: dict = {}
+    for entry in entries:
+        for key, cond in entry["model_conds"].items():
+            shapes.setdefault(key, []).append(cond.size())
+    needed = model.memory_required([rows, *x.shape[1:-2], rects[0].height, rects[0].width], cond_shapes=shapes) * 1.5
+    return max(1, int(model.current_patcher.get_free_memory(x.device) // max(needed, 1)))
+
+
+def patch_cells(model) -> int:
+    """The side of the model's patch, in cells; 8 for a UNet, which halves its input three times."""
+    network = model.diffusion_model
+    patch = getattr(network, "patch_size", None) or getattr(getattr(network, "x_embedder", None), "patch_size", None)
+    if patch is None:
+        return 8
+    return int(patch[-1] if isinstance(patch, (tuple, list)) else patch)
+
+
+def window_cost(model, conds, shape) -> WindowCost:
+    """The cost of a window for this model: what it says of its width, patch and text, else a middling transformer."""
+    network = model.diffusion_model
+    is_transformer = not hasattr(network, "input_blocks")
+    width = next((getattr(network, name) for name in ("hidden_size", "inner_dim", "dim") if isinstance(getattr(network, name, None), int)), 2048)
+    texts = [entry["model_conds"]["c_crossattn"].cond.shape[1] for entries in conds for entry in entries if "c_crossattn" in entry["model_conds"]]
+    frames = math.prod(shape[2:-2])
+    return WindowCost(patch_cells(model), frames, max(texts, default=0) if is_transformer else 0, width)
+
+
+def _run_of(model_options) -> Run | None:
+    return model_options.get("transformer_options", {}).get(KEY)
+
+
+def _like(original: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return comfy.utils.repeat_to_batch_size(original.to(x), x.shape[0])
+
+
+def _frames(original: torch.Tensor, model_options) -> torch.Tensor:
+    """The original's frames in the host's context window, which evaluates a video piece by piece."""
+    context = model_options["transformer_options"].get("context_window")
+    return original if context is None else context.get_tensor(original)
+
+
+def _fit_original(original: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    """The wired original with the latent's rows, dimensions and device."""
+    if original.ndim == latent.ndim - 1:
+        original = original.unsqueeze(2)
+    if original.shape[1:] != latent.shape[1:]:
+        raise ValueError(
+            f"original: expected a latent like the one that is sampled, {tuple(latent.shape[1:])} (channels, [frames,] height, width), got {tuple(original.shape[1:])}. "
+            "Encode the same picture with the same VAE.")
+    return comfy.utils.repeat_to_batch_size(original.to(latent), latent.shape[0])
+
+
+def _check_latent(latent: torch.Tensor, latent_shapes) -> None:
+    """Raise ValueError for latents without a height and a width of their own."""
+    if latent.ndim < 4 or (latent_shapes is not None and len(latent_shapes) > 1):
+        raise ValueError(
+            f"latent: expected a picture's or a video's, (batch, channels, [frames,] height, width), got {tuple(latent.shape)}"
+            f"{', several packed into one' if latent_shapes is not None and len(latent_shapes) > 1 else ''}. "
+            "Packed audio and video, and audio alone, cannot be tiled: remove Quadtree Tiled Diffusion from this model.")

@@ -40,7 +40,7 @@ ROOT = Path(__file__).absolute().parent
 COMMANDS = {
     "demo": ("demo/demo.py",),
     "test": ("-m", "pytest", "-c", "tests/pytest.ini"),
-    "serve": ("main.py",),
+    "serve": (),  # serve_arguments gives them
     "bench": ("benchmarks/run_all.py",),
 }
 # Modules that the Python running this file must have to be used with a ComfyUI of the user's own.
@@ -70,11 +70,13 @@ Else the environment in the cache, with that ComfyUI's requirements.
 PIP_FAILURES = (
     (r"DO NOT MATCH THE HASHES", "A download does not have the expected contents (sha256), so nothing of it was used. "
      "Try again; if it stays so, do not trust the package index."),
-    (r"No space left on device|Errno 28", "The disk is full. Free about {gb} GB, or point XDG_CACHE_HOME and TMPDIR to a larger one."),
+    (r"No space left on device|Errno 28",
+     "The disk is full. Free about {gb} GB, or point XDG_CACHE_HOME and TMPDIR to a larger one."),
     (r"NewConnectionError|NameResolutionError|Temporary failure in name resolution|ProxyError|Network is unreachable"
      r"|ConnectTimeout|Read timed out|Max retries exceeded|SSLError",
-     "pip cannot reach its package index. Check the network and pip's settings (`pip config list`), then run this again."),
-    (r"No matching distribution found", "pip's package index has no build of a package for Python {python} on {machine}. "
+     "pip cannot reach its package index. Check the network and pip's settings (`pip config list`), then try again."),
+    (r"No matching distribution found",
+     "pip's package index has no build of a package for Python {python} on {machine}. "
      "Use another Python, 3.11 to 3.13, or set COMFYUI_DIR and run this with that ComfyUI's Python."),
 )
 START = time.monotonic()
@@ -136,7 +138,7 @@ def python_of(env: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """Hold the cache's lock. The system frees it when its holder and pip, which inherits it, have ended, however they end."""
+    """Hold the cache's lock. The system frees it when its holder and pip, which inherits it, have ended in any way."""
     with open(folder / "lock", "a+b") as handle:
         os.set_inheritable(handle.fileno(), True)
         if not try_lock(handle):
@@ -163,7 +165,7 @@ def try_lock(handle) -> bool:
 
 
 def pip_command(env: Path) -> list[str]:
-    """The environment's own pip; on systems that split ensurepip off, the running Python's, aimed at the environment."""
+    """The environment's own pip; on systems that split ensurepip off, the running Python's, aimed at it."""
     if importlib.util.find_spec("ensurepip"):
         return [str(python_of(env)), "-m", "pip"]
     if importlib.util.find_spec("pip"):
@@ -176,7 +178,7 @@ def pip_command(env: Path) -> list[str]:
 
 def run_pip(command: list[str], log: Path) -> None:
     """Run pip, showing its downloads as they begin; all it says goes to log (a file)."""
-    shown = re.compile(r"^\s*(Downloading|Using cached|Building|Installing collected|Successfully installed) ?([^\s:]*)(.*)")
+    shown = re.compile(r"\s*(Downloading|Using cached|Building|Installing collected) ([^\s:]*)(.*)")
     with open(log, "a", encoding="utf-8") as record:
         # close_fds=False: pip inherits the lock, so that a killed run cannot leave it writing unnoticed.
         process = subprocess.Popen(
@@ -283,7 +285,8 @@ def serve_arguments(python: Path, host: Path, given: list[str]) -> list[str]:
     base = cache_folder() / "base"
     if host.parent == cache_folder():
         make_base(base)
-        arguments += ["--base-directory", str(base), "--database-url", f"sqlite:///{(base / 'user/comfyui.db').as_posix()}"]
+        database = f"sqlite:///{(base / 'user/comfyui.db').as_posix()}"
+        arguments += ["--base-directory", str(base), "--database-url", database]
     elif not holds_pack(host):
         arguments += ["--extra-model-paths-config", str(make_base(base) / "custom_nodes.yaml")]
     if "--cpu" not in given and not has_accelerator(python):
@@ -318,7 +321,8 @@ def main(words: list[str]) -> int:
     command, given = words[0], words[1:]
     try:
         if sys.version_info < OLDEST_PYTHON:
-            raise SetupError(f"Python {platform.python_version()} is too old: 3.10 or newer is needed ({sys.executable}).")
+            version = platform.python_version()
+            raise SetupError(f"Python {version} ({sys.executable}) is too old; 3.10 or newer is needed.")
         if command not in COMMANDS:
             raise SetupError(f"no command {command!r}; there are {', '.join(COMMANDS)}. See: python run.py --help")
         python, host = prepare(command)

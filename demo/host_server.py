@@ -116,11 +116,11 @@ class HostServer:
                 self.get("/system_stats")
                 return
             time.sleep(0.2)
-        raise HostError(f"ComfyUI did not answer within {seconds:.0f} s. The end of its log:\n{self.log()[-3000:]}")
+        raise HostError(f"ComfyUI did not answer within {seconds:.0f} s.{self._log_end()}")
 
     def _check_alive(self) -> None:
         if self.process.poll() is not None:
-            raise HostError(f"ComfyUI ended with exit code {self.process.returncode}. The end of its log:\n{self.log()[-3000:]}")
+            raise HostError(f"ComfyUI ended with exit code {self.process.returncode}.{self._log_end()}")
 
     def stop(self) -> None:
         """End the server; calling it again does nothing."""
@@ -136,6 +136,9 @@ class HostServer:
         """All that the server has written so far."""
         return self.log_file.read_text("utf-8", errors="replace")
 
+    def _log_end(self) -> str:
+        return f" The end of its log:\n{self.log()[-3000:]}"
+
     def get_bytes(self, path: str) -> bytes:
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
             return answer.read()
@@ -146,7 +149,8 @@ class HostServer:
 
     def post(self, path: str, body) -> object:
         """Post body as JSON; the decoded answer, or None for an empty one. A refusal raises HostError with its text."""
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 text = answer.read()
@@ -167,7 +171,7 @@ class HostServer:
             if entry:
                 return self._outputs(entry)
             time.sleep(0.1)
-        raise HostError(f"The graph did not end within {seconds:.0f} s. The end of the log:\n{self.log()[-3000:]}")
+        raise HostError(f"The graph did not end within {seconds:.0f} s.{self._log_end()}")
 
     @staticmethod
     def _outputs(entry: dict) -> dict:

@@ -45,7 +45,8 @@ def pip(run):
 
 
 def call(*words: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(RUN), *words], capture_output=True, text=True, env={**os.environ, **environment})
+    command = [sys.executable, str(RUN), *words]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
 def write_archive(file: Path, contents: dict[str, str]) -> None:
@@ -134,6 +135,16 @@ def test_a_half_made_environment_is_remade_and_a_complete_one_is_kept(run, bare_
     left_over.mkdir()
     run.prepare("test")
     assert left_over.exists()
+
+
+def test_a_python_without_ensurepip_fills_the_environment_with_its_own_pip(run, bare_host, monkeypatch):
+    find_spec = run.importlib.util.find_spec
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None if name == "ensurepip" else find_spec(name))
+    env = run.cache_folder() / "env"
+    env.parent.mkdir()
+    run.make_environment(env, bare_host, pinned=False)
+    assert (env / ".complete").exists()
+    assert not list(env.rglob("pip/__main__.py"))
 
 
 def test_only_one_run_holds_the_lock_and_a_killed_holder_leaves_it_free(run, tmp_path):

@@ -56,7 +56,7 @@ load_module("qtd_pack", ROOT / "__init__.py", submodule_search_locations=[str(RO
 import numpy  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other cost more than they bring
 
 
 def pytest_unconfigure():

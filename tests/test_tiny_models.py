@@ -1,4 +1,5 @@
 """The small models are what the other tests take them for: real, of their family, and blind to nothing."""
+
 from __future__ import annotations
 
 import comfy.clip_vision
@@ -15,6 +16,7 @@ SHAPES = {
     "flux_fill": (8, (1, 16, 16, 24)),
     "flux_kontext": (8, (1, 16, 16, 24)),
     "flux2": (16, (1, 128, 16, 24)),
+    "flux2_edit": (16, (1, 128, 16, 24)),
     "chroma": (8, (1, 16, 16, 24)),
     "radiance": (1, (1, 3, 64, 96)),
     "sd15": (8, (1, 4, 16, 24)),
@@ -25,6 +27,7 @@ SHAPES = {
     "qwen_image_edit": (8, (1, 16, 1, 16, 24)),
     "wan21_t2v": (8, (1, 16, 3, 16, 24)),
     "wan21_i2v": (8, (1, 16, 3, 16, 24)),
+    "wan21_vace": (8, (1, 16, 3, 16, 24)),
     "wan22_i2v": (8, (1, 16, 3, 16, 24)),
     "wan22_5b": (16, (1, 48, 3, 16, 24)),
     "hunyuan_video": (8, (1, 16, 3, 16, 24)),
@@ -48,8 +51,16 @@ def denoised(name: str, cond: list, latent: torch.Tensor) -> torch.Tensor:
     sigma = patcher.get_model_object("model_sampling").percent_to_sigma(0.3)
     noise = drawer(5)(*latent.shape)
     comfy.sample.sample_custom(
-        patcher, noise, 1.0, comfy.samplers.sampler_object("euler"), torch.tensor([sigma, 0.0]), cond, cond, latent,
-        callback=lambda step, value, x, steps: seen.append(value.clone()), disable_pbar=True,
+        patcher,
+        noise,
+        1.0,
+        comfy.samplers.sampler_object("euler"),
+        torch.tensor([sigma, 0.0]),
+        cond,
+        cond,
+        latent,
+        callback=lambda step, value, x, steps: seen.append(value.clone()),
+        disable_pbar=True,
     )
     return seen[0]
 
@@ -121,7 +132,9 @@ def test_no_weight_is_left_unset_or_zero(name):
 def test_the_denoised_value_depends_on_the_prompt(name):
     model, size = load(name), picture(name)
     latent, ((prompt, extras),) = model.latent(*size), model.positive(*size)
-    assert relative_change(denoised(name, [[-prompt, extras]], latent), denoised(name, [[prompt, extras]], latent)) > 0.02
+    assert (
+        relative_change(denoised(name, [[-prompt, extras]], latent), denoised(name, [[prompt, extras]], latent)) > 0.02
+    )
 
 
 @every_family
@@ -145,7 +158,9 @@ def test_a_prediction_of_ones_own_takes_the_networks_place():
     model = load("sd15")
     latent, prompt = model.latent(64, 64), model.positive(64, 64)
     patcher = with_prediction(model.patcher, lambda call: torch.full_like(call.x, 3.0))
-    samples = comfy.sample.sample(patcher, torch.randn(latent.shape), 2, 1.0, "euler", "simple", prompt, prompt, latent, disable_pbar=True)
+    samples = comfy.sample.sample(
+        patcher, torch.randn(latent.shape), 2, 1.0, "euler", "simple", prompt, prompt, latent, disable_pbar=True
+    )
     assert torch.allclose(patcher.model.process_latent_in(samples), torch.tensor(3.0))
 
 
@@ -153,5 +168,7 @@ def test_a_recording_holds_every_call_with_its_cells():
     model = load("qwen_image")
     latent, prompt = model.latent(64, 96, batch=2), model.positive(64, 96)
     patcher, calls = recorded(model.patcher)
-    comfy.sample.sample(patcher, torch.randn(latent.shape), 3, 1.0, "euler", "simple", prompt, prompt, latent, disable_pbar=True)
+    comfy.sample.sample(
+        patcher, torch.randn(latent.shape), 3, 1.0, "euler", "simple", prompt, prompt, latent, disable_pbar=True
+    )
     assert [call.cells for call in calls] == [2 * 8 * 12] * 3

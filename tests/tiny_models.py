@@ -3,10 +3,12 @@
 `load(name)` gives a model, its conditionings and latents in the sizes of a picture. No weight is zero: a denoised value
 depends on the latent, its position, the prompt and everything else its family is conditioned with.
 """
+
 from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,7 +20,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 TOKENS = 64
-QUERY_KEY_NORMS = ("query_norm", "key_norm", "q_norm", "k_norm", "norm_q", "norm_k", "norm_added_q", "norm_added_k", "ln_q", "ln_k")
+QUERY_KEY_NORMS = re.compile(r"(norm_(added_)?[qk]|(query|key|q|k)_norm|ln_[qk])\.\w+$")
 
 
 @dataclass(frozen=True)
@@ -97,16 +99,23 @@ def weight(name: str, shape: torch.Size, draw: Callable) -> torch.Tensor:
     noise = draw(*shape)
     if name.endswith("bias"):
         return 0.1 * noise
-    if name.split(".")[-2:][0] in QUERY_KEY_NORMS:
+    if QUERY_KEY_NORMS.search(name):
         return 2 + 0.2 * noise  # attention that picks single tokens, so that a prompt is not averaged away
     if name.endswith(("weight", "scale", "gamma")):
-        return noise / math.sqrt(math.prod(shape[1:])) if len(shape) > 1 else 1 + 0.2 * noise
+        fan_in = math.prod(shape[1:])
+        return noise / math.sqrt(fan_in) if fan_in > 1 else 1 + 0.2 * noise
     return 0.5 * noise  # tables of positions and modulations, padding tokens
 
 
 def seeded_weights(network: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
     draw = drawer(seed)
     return {name: weight(name, value.shape, draw) for name, value in sorted(network.state_dict().items())}
+
+
+def filled(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """The network itself, with seeded weights."""
+    network.load_state_dict(seeded_weights(network, seed))
+    return network.requires_grad_(False)
 
 
 def build(config: type, sizes: dict) -> torch.nn.Module:
@@ -144,7 +153,8 @@ class Call:
 
     @classmethod
     def of(cls, x, sigma, c_concat=None, context=None, control=None, transformer_options=None, **conds) -> Call:
-        """Takes the arguments of BaseModel.apply_model. x is copied, as samplers go on to change it in place."""
+        """Takes apply_model's arguments; copies x, which samplers overwrite, and control, which UNets empty."""
+        control = control and {place: list(values) for place, values in control.items()}
         return cls(x.clone(), sigma, c_concat, context, control, transformer_options or {}, conds)
 
     @property
@@ -218,63 +228,76 @@ def first_frame(canvas: Canvas, draw: Callable) -> dict:
     return {"concat_latent_image": draw(*canvas.latent), "concat_mask": mask}
 
 
+def control_video(canvas: Canvas, draw: Callable) -> dict:
+    """Control frames and their mask as WanVaceToVideo leaves them: two latents, and 8 x 8 px of mask for every cell."""
+    batch, channels, *frames_and_cells = canvas.latent
+    frames, mask = draw(batch, 2 * channels, *frames_and_cells), (draw(batch, 64, *frames_and_cells) > 0).float()
+    return {"vace_frames": [frames], "vace_mask": [mask], "vace_strength": [1.0]}
+
+
 def together(*parts: Callable) -> Callable[[Canvas, Callable], dict]:
     return lambda canvas, draw: {key: value for part in parts for key, value in part(canvas, draw).items()}
 
 
 FLUX = dict(
-    image_model="flux", in_channels=16, out_channels=16, vec_in_dim=64, context_in_dim=64, hidden_size=128, mlp_ratio=4.0,
-    num_heads=1, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True,
-    guidance_embed=True, txt_ids_dims=[],
+    image_model="flux", in_channels=16, out_channels=16, vec_in_dim=64, context_in_dim=64, hidden_size=128,
+    mlp_ratio=4.0, num_heads=1, depth=1, depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000, patch_size=2,
+    qkv_bias=True, guidance_embed=True, txt_ids_dims=[],
 )
 FLUX2 = FLUX | dict(
-    image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, mlp_ratio=3.0, axes_dim=[32, 32, 32, 32], theta=2000,
-    patch_size=1, qkv_bias=False, global_modulation=True, mlp_silu_act=True, ops_bias=False, default_ref_method="index",
-    ref_index_scale=10.0, txt_ids_dims=[3],
+    image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, mlp_ratio=3.0,
+    axes_dim=[32, 32, 32, 32], theta=2000, patch_size=1, qkv_bias=False, global_modulation=True, mlp_silu_act=True,
+    ops_bias=False, default_ref_method="index", ref_index_scale=10.0, txt_ids_dims=[3],
 )
 CHROMA = FLUX | dict(
-    image_model="chroma", in_channels=64, out_channels=64, in_dim=64, out_dim=128, hidden_dim=64, n_layers=1, vec_in_dim=None,
+    image_model="chroma", in_channels=64, out_channels=64, in_dim=64, out_dim=128, hidden_dim=64, n_layers=1,
+    vec_in_dim=None,
 )
 del CHROMA["guidance_embed"]
 RADIANCE = CHROMA | dict(
-    image_model="chroma_radiance", in_channels=3, out_channels=3, patch_size=16, nerf_hidden_size=16, nerf_mlp_ratio=2, nerf_depth=1,
-    nerf_max_freqs=4, nerf_tile_size=512, nerf_final_head_type="conv", nerf_embedder_dtype=torch.float32, use_x0=False,
-    use_sequential_txt_ids=False,
+    image_model="chroma_radiance", in_channels=3, out_channels=3, patch_size=16, nerf_hidden_size=16,
+    nerf_mlp_ratio=2, nerf_depth=1, nerf_max_freqs=4, nerf_tile_size=512, nerf_final_head_type="conv",
+    nerf_embedder_dtype=torch.float32, use_x0=False, use_sequential_txt_ids=False,
 )
 UNET = dict(
-    image_size=32, use_checkpoint=False, use_spatial_transformer=True, legacy=False, in_channels=4, out_channels=4, model_channels=32,
-    num_res_blocks=[1, 1, 1], channel_mult=[1, 2, 4], transformer_depth=[0, 1, 0], transformer_depth_output=[0, 0, 1, 1, 0, 0],
-    transformer_depth_middle=1, use_linear_in_transformer=False, context_dim=64, adm_in_channels=None, use_temporal_resblock=False,
+    image_size=32, use_checkpoint=False, use_spatial_transformer=True, legacy=False, in_channels=4, out_channels=4,
+    model_channels=32, num_res_blocks=[2, 2, 2], channel_mult=[1, 2, 4], transformer_depth=[0, 0, 0, 1, 0, 0],
+    transformer_depth_output=[0, 0, 0, 0, 0, 1, 0, 0, 0], transformer_depth_middle=1,
+    use_linear_in_transformer=False, context_dim=64, adm_in_channels=None, use_temporal_resblock=False,
     use_temporal_attention=False,
 )
 SDXL = UNET | dict(
-    num_classes="sequential", adm_in_channels=64 + 6 * 256, use_linear_in_transformer=True, transformer_depth=[0, 0, 1],
-    transformer_depth_output=[0, 0, 0, 0, 1, 1],
+    num_classes="sequential", adm_in_channels=64 + 6 * 256, use_linear_in_transformer=True,
+    transformer_depth=[0, 0, 0, 0, 0, 1], transformer_depth_output=[0, 0, 0, 0, 0, 0, 0, 0, 1],
 )
 SD3 = dict(
-    in_channels=16, out_channels=16, patch_size=2, depth=2, input_size=None, adm_in_channels=64, num_patches=96 * 96,
-    pos_embed_max_size=96, pos_embed_scaling_factor=None, qk_norm="rms", x_block_self_attn_layers=[],
+    in_channels=16, out_channels=16, patch_size=2, depth=2, input_size=None, adm_in_channels=64,
+    num_patches=96 * 96, pos_embed_max_size=96, pos_embed_scaling_factor=None, qk_norm="rms",
+    x_block_self_attn_layers=[],
     context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}},
 )
 QWEN = dict(
-    image_model="qwen_image", in_channels=64, out_channels=16, num_layers=1, attention_head_dim=64, num_attention_heads=1,
-    joint_attention_dim=64, axes_dims_rope=(16, 24, 24),
+    image_model="qwen_image", in_channels=64, out_channels=16, num_layers=1, attention_head_dim=64,
+    num_attention_heads=1, joint_attention_dim=64, axes_dims_rope=(16, 24, 24),
 )
 WAN = dict(
-    image_model="wan2.1", model_type="t2v", dim=128, in_dim=16, out_dim=16, num_heads=1, ffn_dim=128, num_layers=1, patch_size=(1, 2, 2),
-    freq_dim=256, window_size=(-1, -1), qk_norm=True, cross_attn_norm=True, eps=1e-6,
+    image_model="wan2.1", model_type="t2v", dim=128, in_dim=16, out_dim=16, num_heads=1, ffn_dim=128, num_layers=1,
+    patch_size=(1, 2, 2), freq_dim=256, window_size=(-1, -1), qk_norm=True, cross_attn_norm=True, eps=1e-6,
 )
 HUNYUAN = dict(
-    image_model="hunyuan_video", in_channels=16, out_channels=16, patch_size=[1, 2, 2], vec_in_dim=768, axes_dim=[16, 56, 56],
-    meanflow=False, context_in_dim=64, hidden_size=128, mlp_ratio=4.0, num_heads=1, depth=1, depth_single_blocks=1, theta=256,
-    qkv_bias=True, byt5=False, guidance_embed=True, use_cond_type_embedding=False, vision_in_dim=None, meanflow_sum=False,
+    image_model="hunyuan_video", in_channels=16, out_channels=16, patch_size=[1, 2, 2], vec_in_dim=768,
+    axes_dim=[16, 56, 56], meanflow=False, context_in_dim=64, hidden_size=128, mlp_ratio=4.0, num_heads=1, depth=1,
+    depth_single_blocks=1, theta=256, qkv_bias=True, byt5=False, guidance_embed=True, use_cond_type_embedding=False,
+    vision_in_dim=None, meanflow_sum=False,
 )
 LUMINA = dict(
-    image_model="lumina2", patch_size=2, in_channels=16, dim=96, cap_feat_dim=64, n_layers=1, n_refiner_layers=1, qk_norm=True, n_heads=2,
-    n_kv_heads=1, axes_dims=[16, 16, 16], axes_lens=[300, 512, 512], rope_theta=10000.0, ffn_dim_multiplier=1.0, multiple_of=32,
+    image_model="lumina2", patch_size=2, in_channels=16, dim=96, cap_feat_dim=64, n_layers=1, n_refiner_layers=1,
+    qk_norm=True, n_heads=2, n_kv_heads=1, axes_dims=[16, 16, 16], axes_lens=[300, 512, 512], rope_theta=10000.0,
+    ffn_dim_multiplier=1.0, multiple_of=32,
 )
 Z_IMAGE = LUMINA | dict(
-    dim=256, n_kv_heads=2, axes_dims=[32, 48, 48], rope_theta=256.0, z_image_modulation=True, time_scale=1000.0, pad_tokens_multiple=32,
+    dim=256, n_kv_heads=2, axes_dims=[32, 48, 48], rope_theta=256.0, z_image_modulation=True, time_scale=1000.0,
+    pad_tokens_multiple=32,
 )
 LTXV = dict(image_model="ltxv", num_layers=1, attention_head_dim=4, cross_attention_dim=128)
 
@@ -284,6 +307,7 @@ FAMILIES: dict[str, Family] = {
     "flux_fill": Family(supported.FluxInpaint, FLUX | {"in_channels": 96}, extras=together(distilled, inpainting)),
     "flux_kontext": Family(supported.Flux, FLUX, extras=together(distilled, references)),
     "flux2": Family(supported.Flux2, FLUX2, patch_cells=1, extras=lambda canvas, draw: {"guidance": 4.0}),
+    "flux2_edit": Family(supported.Flux2, FLUX2, patch_cells=1, extras=references),
     "chroma": Family(supported.Chroma, CHROMA, detected=False),
     "radiance": Family(supported.ChromaRadiance, RADIANCE, patch_cells=16, detected=False),
     "sd15": Family(supported.SD15, UNET, patch_cells=4, detected=False),
@@ -294,12 +318,26 @@ FAMILIES: dict[str, Family] = {
     "qwen_image_edit": Family(supported.QwenImage, QWEN, frames=1, detected=False, extras=references),
     "wan21_t2v": Family(supported.WAN21_T2V, WAN, text_dim=4096, frames=3),
     "wan21_i2v": Family(
-        supported.WAN21_I2V, WAN | {"model_type": "i2v", "in_dim": 36}, text_dim=4096, frames=3, extras=together(vision, first_frame)
+        supported.WAN21_I2V,
+        WAN | {"model_type": "i2v", "in_dim": 36},
+        text_dim=4096,
+        frames=3,
+        extras=together(vision, first_frame),
+    ),
+    "wan21_vace": Family(
+        supported.WAN21_Vace,
+        WAN | {"model_type": "vace", "vace_layers": 1, "vace_in_dim": 96},
+        text_dim=4096,
+        frames=3,
+        extras=control_video,
     ),
     "wan22_i2v": Family(supported.WAN21_T2V, WAN | {"in_dim": 36}, text_dim=4096, frames=3, extras=first_frame),
     "wan22_5b": Family(supported.WAN22_T2V, WAN | {"in_dim": 48, "out_dim": 48}, text_dim=4096, frames=3),
     "hunyuan_video": Family(
-        supported.HunyuanVideo, HUNYUAN, frames=3, extras=lambda canvas, draw: {"pooled_output": draw(1, 768), "guidance": 6.0}
+        supported.HunyuanVideo,
+        HUNYUAN,
+        frames=3,
+        extras=lambda canvas, draw: {"pooled_output": draw(1, 768), "guidance": 6.0},
     ),
     "ltxv": Family(supported.LTXV, LTXV, text_dim=4096, frames=3, patch_cells=1, extras=padded_prompt),
     "lumina2": Family(supported.Lumina2, LUMINA, detected=False),

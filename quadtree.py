@@ -180,7 +180,7 @@ def quadtree_from_mask(mask: torch.Tensor, *, min_leaf: int = 64, max_leaf: int 
         means.append(mean / area)
         uneven.append(high - low > 1 / 255)
     level = _leaf_level(uneven)
-    strength = (_at_level(means, level) * 255).round() / 255
+    strength = (_at_level(means, level).double() * 255).round() / 255
     return _collect_leaves(*mask.shape, min_leaf, max_leaf, level, strength * 255, strength)
 
 

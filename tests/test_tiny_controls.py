@@ -8,6 +8,7 @@ import comfy.samplers
 import pytest
 import tiny_controls as controls
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_controlnet import ControlNetInpaintingAliMamaApply
 from comfy_extras.nodes_model_patch import QwenImageDiffsynthControlnet, ZImageFunControlnet
 from nodes import ControlNetApplyAdvanced
@@ -105,7 +106,7 @@ def test_a_model_patch_changes_the_denoised_value_by_its_image(kind, inpaint):
     )
 
 
-def with_box(model: controls.comfy.model_patcher.ModelPatcher, top: int, left: int) -> list:
+def with_box(model: ModelPatcher, top: int, left: int) -> list:
     ((tokens, extras),) = prompt("sd15")
     return [[tokens, extras | {"gligen": ("position", model, [(drawer(4)(1, 64), 8, 12, top, left)])}]]
 

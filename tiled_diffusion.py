@@ -284,9 +284,9 @@ def _fitting(model, conds, x, group, canvas) -> int:
 def patch_cells(model) -> int:
     """The side of the model's patch, in cells; 8 for a UNet, which halves its input three times."""
     network = model.diffusion_model
-    patch = getattr(network, "patch_size", None) or getattr(getattr(network, "x_embedder", None), "patch_size", None)
-    if patch is None:
-        return 8
+    # SD3 keeps it in its embedder, LTX-Video in its patchifier.
+    holders = (network, getattr(network, "x_embedder", None), getattr(network, "patchifier", None))
+    patch = next((holder.patch_size for holder in holders if getattr(holder, "patch_size", None)), 8)
     return int(patch[-1] if isinstance(patch, (tuple, list)) else patch)
 
 

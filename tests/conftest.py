@@ -45,6 +45,7 @@ def import_host(host: Path) -> None:
     from comfy.cli_args import args
 
     args.cpu = True
+    args.use_pytorch_cross_attention = True  # what the host uses on CUDA; its default on the CPU is several times slower
     args.base_directory = str(host_server.make_base(BASE))
     import comfy.model_management  # noqa: F401
 

@@ -5,6 +5,7 @@ smallest leaf, then 2 x 2 pooling upwards. Finkel and Bentley, "Quad Trees", 197
 """
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 
@@ -15,6 +16,10 @@ METRICS = ("variance", "gradient", "combined")
 
 # One level of an 8-bit picture: a smaller deviation is rounding, not detail.
 VISIBLE = 1.0
+
+# Characters and pixels; what can be painted by hand stays below both.
+LONGEST_EDITS = 500_000
+LARGEST_EDIT = 1_000_000
 
 # The colour map viridis (CC0) at eleven even steps: even to the eye, and safe for colour-blind readers.
 VIRIDIS = (
@@ -74,6 +79,25 @@ class Quadtree:
         """The share of the pixels whose strength is 0."""
         kept = sum(leaf.rect.height * leaf.rect.width for leaf in self.leaves if leaf.strength == 0)
         return kept / (self.height * self.width)
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """A square of a picture that was painted. strength None takes back what was painted there before."""
+
+    left: float
+    top: float
+    side: float
+    strength: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Edits:
+    """What was painted on a picture of height x width px, in the order in which it was painted."""
+
+    height: int
+    width: int
+    squares: tuple[Edit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -203,6 +227,60 @@ def adjust_quadtree(
     return _collect_leaves(tree.height, tree.width, tree.min_leaf, tree.max_leaf, level, detail, strength)
 
 
+def parse_edits(text: str) -> Edits | None:
+    """Read what was painted from its JSON, {"size": [width, height], "squares": [[left, top, side, strength], ...]} in px.
+
+    A strength is 0..1, or null. Blank text gives None. Raises ValueError for anything else.
+    """
+    if not text.strip():
+        return None
+    try:
+        given = json.loads(text) if len(text) <= LONGEST_EDITS else None
+        width, height = given["size"]
+        squares = tuple(Edit(*square) for square in given["squares"])
+        numbers = [value for square in squares for value in (square.left, square.top, square.side, 0 if square.strength is None else square.strength)]
+        valid = (
+            type(width) is int and type(height) is int and 0 < width <= LARGEST_EDIT and 0 < height <= LARGEST_EDIT
+            and all(type(value) in (int, float) and abs(value) <= LARGEST_EDIT for value in numbers)
+            and all(square.side > 0 and (square.strength is None or 0 <= square.strength <= 1) for square in squares))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        valid = False
+    if not valid:
+        raise ValueError(
+            'edits: expected nothing, or {"size": [width, height], "squares": [[left, top, side, strength], ...]} with sizes in pixels and '
+            f"strengths from 0 to 1 or null, got {text[:80]!r}. Make `edits` empty to go on without them.")
+    return Edits(height, width, squares)
+
+
+def painted_cells(tree: Quadtree, edits: Edits | None) -> torch.Tensor:
+    """The painted strength of each smallest cell, (rows, cols); NaN where nothing is painted.
+
+    Edits of a picture of another size are scaled to the tree's. Raises ValueError if that is of another aspect.
+    """
+    painted = torch.full((math.ceil(tree.height / tree.min_leaf), math.ceil(tree.width / tree.min_leaf)), math.nan, dtype=torch.float64)
+    if edits is None:
+        return painted
+    if not _same_aspect(tree, edits.height, edits.width):
+        raise ValueError(
+            f"edits: painted on a picture of {edits.width} x {edits.height}, but this one is {tree.width} x {tree.height}, which is another aspect. "
+            "Make `edits` empty (Clear, below the picture on the node), or connect the picture that they were painted on.")
+    for square in edits.squares:
+        rows = _cells_under(square.top, square.side, tree.height / edits.height / tree.min_leaf)
+        cols = _cells_under(square.left, square.side, tree.width / edits.width / tree.min_leaf)
+        painted[rows, cols] = math.nan if square.strength is None else square.strength
+    return painted
+
+
+def edit_quadtree(tree: Quadtree, edits: Edits | None) -> Quadtree:
+    """Give the painted squares their strengths; leaves that reach beyond a square are split at its border."""
+    if edits is None or not edits.squares:
+        return tree
+    level, detail, strength = _grids(tree)
+    painted = painted_cells(tree, edits)
+    level = _split_uneven(tree, level, painted.nan_to_num(-1.0), 0.0)
+    return _collect_leaves(tree.height, tree.width, tree.min_leaf, tree.max_leaf, level, detail, torch.where(painted.isnan(), strength, painted))
+
+
 def strength_raster(tree: Quadtree, height: int, width: int) -> torch.Tensor:
     """Scale the tree to a raster: each cell has the strength of the leaf over its centre.
 
@@ -221,8 +299,7 @@ def check_aspect(tree: Quadtree, height: int, width: int, what: str) -> None:
 
     A host that crops pictures to whole cells shifts both sides by less than one.
     """
-    scales = [(side_px / (side + 1), side_px / max(side - 1, 1e-9)) for side_px, side in ((tree.height, height), (tree.width, width))]
-    if max(low for low, _ in scales) >= min(high for _, high in scales):
+    if not _same_aspect(tree, height, width):
         raise ValueError(
             f"quadtree: made for a picture of {tree.width} x {tree.height}, but {what} is {width} x {height}, which is another aspect. "
             "Build the quadtree from the picture that you encode, after any crop.")
@@ -278,6 +355,21 @@ def check_leaves(min_leaf: int, max_leaf: int) -> None:
     if min_leaf << _levels_between(min_leaf, max_leaf) != max_leaf:
         below = min_leaf << _levels_between(min_leaf, max_leaf)
         raise ValueError(f"max_leaf: expected min_leaf ({min_leaf}) doubled some times, got {max_leaf}. The nearest are {below} and {below * 2}.")
+
+
+def _same_aspect(tree: Quadtree, height: int, width: int) -> bool:
+    """Whether some whole scale turns the tree's size into height x width, to within a cell."""
+    scales = [(side_px / (side + 1), side_px / max(side - 1, 1e-9)) for side_px, side in ((tree.height, height), (tree.width, width))]
+    return max(low for low, _ in scales) < min(high for _, high in scales)
+
+
+def _cells_under(start: float, side: float, cells_per_px: float) -> slice:
+    """The cells whose centres lie under a stretch of pixels; a stretch shorter than a cell takes the cell it lies in."""
+    first, last = start * cells_per_px, (start + side) * cells_per_px
+    if last - first < 1:
+        first = math.floor((first + last) / 2)
+        return slice(max(first, 0), max(first + 1, 0))
+    return slice(max(math.ceil(first - 0.5), 0), max(math.ceil(last - 0.5), 0))
 
 
 def _levels_between(min_leaf: int, max_leaf: int) -> int:
@@ -432,15 +524,18 @@ def _protected(tree: Quadtree, level: torch.Tensor, strength: torch.Tensor, prot
     check_aspect(tree, *protect.shape, "the protect mask")
     if tuple(protect.shape) != (tree.height, tree.width):
         protect = F.interpolate(protect[None, None], (tree.height, tree.width), mode="nearest-exact")[0, 0]
-    low, high = (_pool(protect.cpu(), tree.min_leaf, how) for how in (torch.amin, torch.amax))
-    strength = strength * (1 - high)
+    protected = _pool(protect.cpu(), tree.min_leaf, torch.amax)
+    return _split_uneven(tree, level, protected, 1 / 255), strength * (1 - protected)
+
+
+def _split_uneven(tree: Quadtree, level: torch.Tensor, values: torch.Tensor, tolerance: float) -> torch.Tensor:
+    """Split leaves, given by the level over each smallest cell, until the cells' values differ by no more than the tolerance in any."""
     split = [torch.zeros_like(level, dtype=torch.bool)]
-    finest = level
-    low = high.clone()
+    finest, low, high = level, values, values
     for depth in range(1, _levels_between(tree.min_leaf, tree.max_leaf) + 1):
         finest, low, high = _pool(finest, 2, torch.amin), _pool(low, 2, torch.amin), _pool(high, 2, torch.amax)
-        split.append((finest < depth) | (high - low > 1 / 255))
-    return _leaf_level(split), strength
+        split.append((finest < depth) | (high - low > tolerance))
+    return _leaf_level(split)
 
 
 def _leaf_ids(tree: Quadtree) -> torch.Tensor:

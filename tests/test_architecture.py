@@ -50,7 +50,7 @@ def functions_of(module: types.ModuleType) -> dict[str, int]:
     ("quadtree", set()), ("denoise_schedule", set()), ("windows", {".quadtree"}),
 ])
 def test_the_pure_modules_know_torch_and_at_most_the_tree(name, allowed):
-    outside = {"__future__", "math", "dataclasses", "collections.abc", "torch", "torch.nn.functional"}
+    outside = {"__future__", "json", "math", "dataclasses", "collections.abc", "torch", "torch.nn.functional"}
     assert imports(ROOT / f"{name}.py") - outside <= allowed
 
 

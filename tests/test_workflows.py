@@ -1,0 +1,113 @@
+"""Each shipped workflow opens, is valid and runs on a real server, with small models under the file names it asks for."""
+from __future__ import annotations
+
+import io
+import json
+import urllib.parse
+from pathlib import Path
+
+import numpy
+import pytest
+import skimage.data
+from comfy_cli.workflow_to_api import convert_ui_to_api
+from PIL import Image
+from stand_ins import STAND_INS, write_stand_in
+
+FOLDER = Path(__file__).resolve().parent.parent / "workflows"
+WORKFLOWS = sorted(path.stem for path in FOLDER.glob("*.json"))
+PACK = "quadtree-tiled-diffusion"
+MODEL_INPUTS = {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "ckpt_name", "control_net_name", "model_name"}
+
+# The T5 encoders have one size, 9 GB: in place of their loader, CLIP-L alone, in the width of T5.
+TEXT_ENCODER = {"class_type": "CLIPLoader", "inputs": {"clip_name": "clip_l.safetensors", "type": "sd3"}}
+# What only costs time, made small: the picture, the windows in the same proportion, the steps.
+SMALL = {"megapixels": 0.15, "min_leaf": 32, "max_leaf": 256, "min_window": 128, "max_window": 256, "tile_overlap": 16, "steps": 2, "feather": 8}
+
+
+def workflow(name: str) -> dict:
+    return json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def object_info(server) -> dict:
+    return server.get("/object_info")
+
+
+def api_graph(name: str, object_info: dict) -> dict:
+    """What the browser would send."""
+    return convert_ui_to_api(workflow(name), object_info)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_has_only_nodes_of_the_host_and_of_the_pack(name, object_info):
+    types = {node["type"] for node in workflow(name)["nodes"]} - {"MarkdownNote"}
+    others = {kind for kind in types if not object_info[kind]["python_module"].startswith(("nodes", "comfy_extras", f"custom_nodes.{PACK}"))}
+    assert others == set()
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_each_model_file_of_a_workflow_has_a_link(name):
+    for node in workflow(name)["nodes"]:
+        wanted = {value for value in node.get("widgets_values", []) if str(value).endswith(".safetensors")}
+        links = {model["name"]: model for model in node["properties"].get("models", [])}
+        assert set(links) == wanted
+        for model in links.values():
+            assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith("/" + model["name"])
+            assert model["directory"] in {"diffusion_models", "text_encoders", "vae", "checkpoints", "controlnet", "upscale_models"}
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_runs_with_small_models_and_keeps_what_its_leaves_keep(name, server, object_info):
+    graph = api_graph(name, object_info)
+    make_small(graph)
+    probes = add_probes(graph)
+    give_models(graph, server.base / "models")
+    give_pictures(server.base / "input")
+    outputs = server.run_graph(graph)
+    original, result, strength = (frames(server, outputs[probe]) for probe in probes)
+    kept = (strength[0, :, :, 0] == 0) & numpy.ones(original.shape[:3], bool)
+    assert 0 < kept.mean() < 1
+    assert (result[kept] == original[kept]).all()
+    assert (result[~kept] != original[~kept]).mean() > 0.5
+    saved = [node_id for node_id, node in graph.items() if node["class_type"] in ("SaveImage", "SaveVideo")]
+    assert [len(outputs[node_id]["images"]) for node_id in saved] == [1]
+
+
+def make_small(graph: dict) -> None:
+    for node in graph.values():
+        node["inputs"] |= {name: value for name, value in SMALL.items() if name in node["inputs"]}
+        if node["class_type"] in ("DualCLIPLoader", "CLIPLoader"):
+            node.update(TEXT_ENCODER)
+
+
+def add_probes(graph: dict) -> tuple[str, str, str]:
+    """Nodes that show the pictures before and after, and the strengths. Returns their ids."""
+    (composite,) = (node_id for node_id, node in graph.items() if node["class_type"] == "QuadtreeComposite")
+    inputs = graph[composite]["inputs"]
+    graph["original"] = {"class_type": "PreviewImage", "inputs": {"images": inputs["original"]}}
+    graph["result"] = {"class_type": "PreviewImage", "inputs": {"images": [composite, 0]}}
+    graph["size"] = {"class_type": "GetImageSize", "inputs": {"image": inputs["original"]}}
+    sizes = {"width": ["size", 0], "height": ["size", 1]}
+    graph["mask"] = {"class_type": "QuadtreeToMask", "inputs": {"quadtree": inputs["quadtree"], **sizes}}
+    graph["picture"] = {"class_type": "MaskToImage", "inputs": {"mask": ["mask", 0]}}
+    graph["strength"] = {"class_type": "PreviewImage", "inputs": {"images": ["picture", 0]}}
+    return "original", "result", "strength"
+
+
+def give_models(graph: dict, models: Path) -> None:
+    wanted = {value for node in graph.values() for key, value in node["inputs"].items() if key in MODEL_INPUTS}
+    for name in STAND_INS:
+        if name.rpartition("/")[2] in wanted:
+            write_stand_in(models, name)
+
+
+def give_pictures(folder: Path) -> None:
+    """A photo under the name of the one that every host has."""
+    photo = Image.fromarray(skimage.data.coffee()[:384:2, :512:2])
+    photo.save(folder / "example.png")
+
+
+def frames(server, output: dict) -> numpy.ndarray:
+    """The pictures of a node's output, (frames, height, width, 3)."""
+    paths = ["/view?" + urllib.parse.urlencode(entry) for entry in output["images"]]
+    return numpy.stack([numpy.asarray(Image.open(io.BytesIO(server.get_bytes(path))).convert("RGB")) for path in paths])

@@ -132,9 +132,10 @@ def measure_cells(image: torch.Tensor, cell_px: int, *, with_gradients: bool = T
         band = band[:, :cell_px]
         sums.append(band.sum(1))
         squares.append(band.square().sum(1))
-    fold = lambda rows: _blocks(torch.stack(rows, 1).double(), cell_px, 2)
-    area = _blocks(_blocks(torch.ones(image.shape[1:3], dtype=torch.float64, device=image.device), cell_px, 0), cell_px, 1)
-    found = CellStatistics(image.shape[1], image.shape[2], cell_px, area, fold(sums), fold(squares), fold(gradients) if gradients else None)
+    # From here on the grids are small: the CPU is quicker, and has the float64 that Apple's GPUs lack.
+    fold = lambda rows: _blocks(torch.stack(rows, 1).cpu().double(), cell_px, 2)
+    rows, cols = (_blocks(torch.ones(length, dtype=torch.float64), cell_px, 0) for length in image.shape[1:3])
+    found = CellStatistics(image.shape[1], image.shape[2], cell_px, rows[:, None] * cols, fold(sums), fold(squares), fold(gradients) if gradients else None)
     if not bool(torch.isfinite(found.squares).all()):
         raise ValueError("image: expected pixels between 0 and 1, got NaN or infinite ones. Look for the node before this one that made them (a VAE in half precision often does).")
     return found
@@ -433,12 +434,12 @@ def _content(cells: CellStatistics, metric: str) -> torch.Tensor:
 
 
 def _content_levels(cells: CellStatistics, max_leaf: int, metric: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Contents and areas per level, smallest leaves first, on the CPU, where the small grids are quicker."""
+    """Contents and areas per level, smallest leaves first."""
     contents, areas = [], []
     for level in range(_levels_between(cells.cell_px, max_leaf) + 1):
         cells = coarsen(cells, 2) if level else cells
-        contents.append(_content(cells, metric).cpu())
-        areas.append(cells.area.cpu())
+        contents.append(_content(cells, metric))
+        areas.append(cells.area)
     return contents, areas
 
 

@@ -1,7 +1,7 @@
 """Which windows does the model see? Everything here is in cells of the latent.
 
 A leaf is not a window: a diffusion transformer given 4 x 4 cells wastes its text tokens and hallucinates. Windows are
-aligned squares of a few sizes, grown by the overlap and shifted inside the latent, so that one size gives one shape.
+squares of a few sizes, grown by the overlap and shifted inside the latent, so that one size gives one shape.
 Which of them is a question of cost: the cheapest quadtree cover of the cells that are active at a step.
 """
 from __future__ import annotations
@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from .quadtree import Rect
 
 METHODS = ("Mixture of Diffusers", "MultiDiffusion", "SpotDiffusion")
 SHIFTS = ("random", "sorted", "fibonacci")
+
+# Grids tried along each axis for one plan; finer steps were measured to find hardly cheaper plans.
+ALIGNMENTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,30 +84,36 @@ def window_sizes(min_window: int, max_window: int, overlap: int, patch: int) -> 
     return WindowSizes(tuple(sides), math.ceil(overlap / patch) * patch)
 
 
-def plan_windows(active: torch.Tensor, sizes: WindowSizes, cost: WindowCost, offset: tuple[int, int] = (0, 0)) -> TilePlan:
-    """Find the cheapest cover of the active cells by aligned squares.
+def plan_windows(active: torch.Tensor, sizes: WindowSizes, cost: WindowCost, offset: tuple[int, int] | None = None) -> TilePlan:
+    """Find the cheapest cover of the active cells by squares of a quadtree.
 
-    active: (height, width) bool. offset: how far the grid of squares is moved up and left.
-    Bottom-up: a square costs the least of one window here and the sum over its quarters that hold active cells.
+    active: (height, width) bool. offset: how far the quadtree's grid is moved up and left; None takes the best of up to
+    4 x 4 places. Bottom-up: a square costs the least of one window, the smallest that holds what is active in it, and
+    the sum over its quarters.
     """
     height, width = active.shape
-    axes = [(_Axis(height, side, offset[0], sizes.overlap), _Axis(width, side, offset[1], sizes.overlap)) for side in sizes.sides]
-    count = _pool(active.double(), *(axis.square_of(torch.arange(axis.length)) for axis in axes[0]), axes[0])
-    prices = [cost.of(*sizes.shape(side, height, width)) for side in sizes.sides]
-    counts, best, whole = [count], (count > 0) * prices[0], [torch.ones_like(count, dtype=torch.bool)]
-    for pair, price in zip(axes[1:], prices[1:]):
-        parents = [torch.arange(best.shape[dim]).div(2, rounding_mode="floor").clamp(max=axis.count - 1) for dim, axis in enumerate(pair)]
-        counts.append(_pool(counts[-1], *parents, pair))
-        quarters = _pool(best, *parents, pair)
-        whole.append(price <= quarters)
-        best = (counts[-1] > 0) * quarters.clamp(max=price)
-    windows = _chosen(axes, counts, whole)
-    return TilePlan(height, width, windows, sum(cost.of(window.rect.height, window.rect.width) for window in windows))
+    shapes = [sizes.shape(side, height, width) for side in sizes.sides]
+    prices = torch.tensor([cost.of(*shape) for shape in shapes] + [math.inf], dtype=torch.float64)
+    boxes = _active_boxes(active, sizes, cost.patch, offset or (0, 0))
+    boxes = _shifted(boxes, sizes.sides[-1] // sizes.sides[0]) if offset is None else boxes[:, None]
+    levels, best = [], torch.full(boxes.shape[1:], math.inf, dtype=torch.float64)
+    while True:
+        fit = _smallest_fit(boxes, shapes, sizes.overlap, height, width)
+        price = prices[fit].masked_fill_(_is_empty(boxes), 0.0)
+        levels.append(_Level(boxes, fit, price <= best))
+        best = torch.minimum(price, best)
+        if best[0].numel() == 1:
+            break
+        boxes, best = _join_quarters(boxes, torch.amin, _NOTHING), _join_quarters(best, torch.sum, 0)
+    # The same prices summed in another order differ in the last bit.
+    place = int((best.flatten() <= best.min() * (1 + 1e-9)).nonzero()[0])
+    windows = [_window(box, shapes[fit], sizes.overlap, cost.patch, height, width) for box, fit in _chosen(levels, place)]
+    return TilePlan(height, width, tuple(windows), sum(cost.of(window.rect.height, window.rect.width) for window in windows))
 
 
 def full_grid(height: int, width: int, sizes: WindowSizes, cost: WindowCost) -> TilePlan:
     """The plain grid of the largest windows, which sampling everything would take."""
-    return plan_windows(torch.ones(height, width, dtype=torch.bool), WindowSizes(sizes.sides[-1:], sizes.overlap), cost)
+    return plan_windows(torch.ones(height, width, dtype=torch.bool), WindowSizes(sizes.sides[-1:], sizes.overlap), cost, (0, 0))
 
 
 def group_windows(windows: Sequence[Window], kind_of) -> list[tuple[Window, ...]]:
@@ -182,61 +192,97 @@ def slices(rect: Rect) -> tuple:
     return ..., slice(rect.top, rect.bottom), slice(rect.left, rect.right)
 
 
-@dataclass(frozen=True, slots=True)
-class _Axis:
-    """The squares of one side along one axis of the latent; the last takes what the overlap reaches anyway."""
-
-    length: int
-    side: int
-    offset: int
-    overlap: int
-
-    @property
-    def size(self) -> int:
-        return min(self.side + 2 * self.overlap, self.length)
-
-    @property
-    def count(self) -> int:
-        if self.size == self.length:
-            return 1
-        return max(math.ceil((self.length + self.offset - self.overlap) / self.side), 1)
-
-    def square_of(self, cells: torch.Tensor) -> torch.Tensor:
-        return ((cells + self.offset) // self.side).clamp(max=self.count - 1)
-
-    def core(self, square: int) -> tuple[int, int]:
-        start = square * self.side - self.offset
-        last = square == self.count - 1
-        return max(start, 0) if self.count > 1 else 0, self.length if last else min(start + self.side, self.length)
-
-    def window(self, square: int) -> tuple[int, int]:
-        start = square * self.side - self.offset - self.overlap
-        last = square == self.count - 1
-        start = self.length - self.size if last else max(0, min(start, self.length - self.size))
-        return start, start + self.size
+# A box is (top, left, -bottom, -right), so that the least of several boxes encloses them all.
+_NOTHING = 1 << 30
 
 
-def _pool(values: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, axes: tuple[_Axis, _Axis]) -> torch.Tensor:
-    """Sum values into the squares that `rows` and `cols` name."""
-    tall = torch.zeros(axes[0].count, values.shape[1], dtype=values.dtype).index_add_(0, rows, values)
-    return torch.zeros(axes[0].count, axes[1].count, dtype=values.dtype).index_add_(1, cols, tall)
+@dataclass(frozen=True)
+class _Level:
+    """The squares of one side on several grids: tensors of (grids, rows, cols).
+
+    boxes: (4, grids, rows, cols), what is active. fit: the smallest window for it. undivided: one window is cheapest.
+    """
+
+    boxes: torch.Tensor
+    fit: torch.Tensor
+    undivided: torch.Tensor
 
 
-def _chosen(axes, counts, whole) -> tuple[Window, ...]:
-    """Walk down from the largest squares to those that were cheapest as one window."""
-    windows = []
-    wanted = counts[-1] > 0
-    for level in range(len(axes) - 1, -1, -1):
-        taken = wanted & whole[level]
-        for row, col in taken.nonzero().tolist():
-            (top, bottom), (left, right) = axes[level][0].window(row), axes[level][1].window(col)
-            (core_top, core_bottom), (core_left, core_right) = axes[level][0].core(row), axes[level][1].core(col)
-            windows.append(Window(Rect(top, left, bottom, right), Rect(core_top, core_left, core_bottom, core_right)))
-        if level:
-            rest, below = wanted & ~taken, axes[level - 1]
-            parents = [torch.arange(axis.count).div(2, rounding_mode="floor").clamp(max=parent.count - 1) for axis, parent in zip(below, axes[level])]
-            wanted = rest[parents[0]][:, parents[1]] & (counts[level - 1] > 0)
-    return tuple(windows)
+def _active_boxes(active: torch.Tensor, sizes: WindowSizes, patch: int, offset: tuple[int, int]) -> torch.Tensor:
+    """The box of whole patches around the active cells of each smallest square, (4, rows, cols)."""
+    side = sizes.sides[0]
+    after = [-(length + before) % side for length, before in zip(active.shape, offset)]
+    squares = F.pad(active, (offset[1], after[1], offset[0], after[0])).unflatten(1, (-1, side)).unflatten(0, (-1, side))
+    top, bottom = _ends(squares.any(3), offset[0])
+    left, right = _ends(squares.any(1).permute(1, 2, 0), offset[1])
+    boxes = torch.stack([top, left.T, bottom, right.T])
+    # What lies beyond the last square by no more than the overlap, its window sees anyway.
+    for dim, end in ((1, side - after[0]), (2, side - after[1])):
+        if end <= sizes.overlap and boxes.shape[dim] > 1:
+            boxes, last = boxes.split([boxes.shape[dim] - 1, 1], dim)
+            boxes = torch.cat([boxes.narrow(dim, 0, boxes.shape[dim] - 1), torch.minimum(boxes.narrow(dim, -1, 1), last)], dim)
+    return boxes.div(patch, rounding_mode="floor") * patch
+
+
+def _ends(lines: torch.Tensor, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and negated last of the lines that are true in each square: (squares, side, n) to two of (squares, n)."""
+    number = torch.arange(lines.shape[0] * lines.shape[1], dtype=torch.int32).view(*lines.shape[:2], 1) - offset
+    return torch.where(lines, number, _NOTHING).amin(1), torch.where(lines, -number - 1, _NOTHING).amin(1)
+
+
+def _shifted(boxes: torch.Tensor, count: int) -> torch.Tensor:
+    """The boxes on grids moved by up to `count` squares, (4, grids, rows, cols); the first grid is not moved."""
+    step = max(count // ALIGNMENTS, 1)
+    room = count - step
+    rows, cols = boxes.shape[1] + room, boxes.shape[2] + room
+    grids = F.pad(boxes, (room, room, room, room), value=_NOTHING).unfold(1, rows, step).unfold(2, cols, step)
+    return grids.flip(1, 2).flatten(1, 2)
+
+
+def _is_empty(boxes: torch.Tensor) -> torch.Tensor:
+    return boxes[0] > _NOTHING // 2
+
+
+def _smallest_fit(boxes: torch.Tensor, shapes: list[tuple[int, int]], overlap: int, height: int, width: int) -> torch.Tensor:
+    """The index of the first shape that holds a box and the overlap around it; len(shapes) if there is none."""
+    top, left, bottom, right = boxes
+    tall = (overlap - bottom).clamp(max=height) - (top - overlap).clamp(min=0)
+    wide = (overlap - right).clamp(max=width) - (left - overlap).clamp(min=0)
+    heights, widths = torch.tensor(shapes, dtype=torch.int32).T.contiguous()
+    return torch.maximum(torch.searchsorted(heights, tall), torch.searchsorted(widths, wide))
+
+
+def _join_quarters(values: torch.Tensor, how, nothing: int) -> torch.Tensor:
+    """Reduce 2 x 2 squares to the one of twice their side."""
+    whole = F.pad(values, (0, values.shape[-1] % 2, 0, values.shape[-2] % 2), value=nothing)
+    return how(whole.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)), (-3, -1))
+
+
+def _chosen(levels: Sequence[_Level], place: int) -> list[tuple[list[int], int]]:
+    """Walk down one grid to the squares that are cheapest undivided: their boxes and the windows that fit."""
+    found = []
+    wanted = torch.ones(1, 1, dtype=torch.bool)
+    for level in reversed(levels):
+        boxes = level.boxes[:, place]
+        wanted = wanted[:boxes.shape[1], :boxes.shape[2]] & ~_is_empty(boxes)
+        taken = wanted & level.undivided[place]
+        found += zip(boxes[:, taken].T.tolist(), level.fit[place][taken].tolist())
+        wanted = (wanted & ~taken).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    return found
+
+
+def _window(box: list[int], shape: tuple[int, int], overlap: int, patch: int, height: int, width: int) -> Window:
+    """The window of this shape around a box: in its middle, on whole patches, inside the latent."""
+    core = Rect(box[0], box[1], min(-box[2], height), min(-box[3], width))
+    top = _place(core.top, core.bottom, shape[0], overlap, patch, height)
+    left = _place(core.left, core.right, shape[1], overlap, patch, width)
+    return Window(Rect(top, left, top + shape[0], left + shape[1]), core)
+
+
+def _place(start: int, end: int, size: int, overlap: int, patch: int, length: int) -> int:
+    if end + overlap >= length:
+        return length - size
+    return min(max((start + end - size) // 2 // patch * patch, 0), length - size)
 
 
 def _core_only(window: Window, like: torch.Tensor) -> torch.Tensor:

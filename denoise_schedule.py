@@ -6,11 +6,15 @@ every step, and a larger d never gives less.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 SCHEDULES = ("img2img", "blend", "ramp")
 
 # Without an original nothing can be preserved: a slower model still ends without noise, a stopped one does not.
 TXT2IMG_FLOOR = 0.70
+
+# Over how many cells a strength eases from 0 to 1; see eased.
+EASE_CELLS = 4
 
 # Half of the smallest step that a schedule of thousands of steps takes; strengths come from float32.
 _TOLERANCE = 1e-5
@@ -28,6 +32,18 @@ def share_at(schedule: str, strength: torch.Tensor, progress: float) -> torch.Te
     if schedule == "ramp":
         return torch.where(strength > 0, strength + (1 - strength) * progress, torch.zeros_like(strength))
     raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}.")
+
+
+def eased(strength: torch.Tensor, cells: int) -> torch.Tensor:
+    """Let strengths rise by at most 1 / cells from a cell to the next: the least of s(q) + distance(p, q) / cells.
+
+    strength: (height, width). The slope lies in the leaf that changes more: no strength is raised, 0 stays 0, and what
+    is cells away from every weaker cell is as it was. A step between two strengths shows as a line in the result.
+    """
+    for _ in range(cells):
+        nearest = -F.max_pool2d(-strength[None], 3, stride=1, padding=1)[0]
+        strength = torch.minimum(strength, nearest + 1 / cells)
+    return strength
 
 
 def txt2img_share_at(strength: torch.Tensor, progress: float, steps: int) -> torch.Tensor:

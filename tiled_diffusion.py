@@ -22,7 +22,7 @@ import comfy.patcher_extension
 import comfy.utils
 
 from .conditioning import Canvas, cut_conds, cut_latent, kind_of_window
-from .denoise_schedule import SCHEDULES, progress_at, share_at, txt2img_share_at
+from .denoise_schedule import EASE_CELLS, SCHEDULES, eased, progress_at, share_at, txt2img_share_at
 from .quadtree import Quadtree, strength_raster
 from .windows import (
     METHODS, SHIFTS, Blend, TilePlan, WindowCost, WindowSizes, full_grid, group_windows, plan_blend, plan_windows, shift_offsets, slices, window_sizes)
@@ -124,6 +124,8 @@ class Run:
         settings = self.settings
         self.strengths = strength_raster(settings.tree, *latent.shape[-2:])
         self.strengths[self.strengths < settings.skip_diffusion_below] = 0
+        # At most half the smallest leaf, so that every leaf reaches its strength.
+        self.strengths = eased(self.strengths, min(EASE_CELLS, settings.tree.min_leaf * latent.shape[-1] // settings.tree.width // 2))
         self.original = self._find_original(model, noise, latent)
         self.strengths = self.strengths.to(latent.device)
         self.levels = self.strengths.unique().cpu()

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtd_pack.denoise_schedule import SCHEDULES, progress_at, share_at, txt2img_share_at
+from qtd_pack.denoise_schedule import SCHEDULES, eased, progress_at, share_at, txt2img_share_at
 
 STRENGTHS = torch.linspace(0, 1, 101)
 PROGRESS = [step / 20 for step in range(21)]
@@ -62,3 +62,20 @@ def test_a_sigma_that_was_rounded_on_its_way_is_still_that_step():
 def test_an_unknown_schedule_is_named():
     with pytest.raises(ValueError, match="schedule: expected one of img2img, blend, ramp, got 'linear'"):
         share_at("linear", STRENGTHS, 0.5)
+
+
+@pytest.mark.parametrize("strengths, expected", [
+    ([0, 0, 1, 1, 1, 1], [0, 0, 0.25, 0.5, 0.75, 1]),
+    ([1, 1, 1, 0.5, 0.5, 0.5], [1, 1, 0.75, 0.5, 0.5, 0.5]),
+    ([0.5, 0.5, 0.6, 0.6, 0.6, 0.6], [0.5, 0.5, 0.6, 0.6, 0.6, 0.6]),
+    ([0, 0, 0.3, 0.3, 0, 0], [0, 0, 0.25, 0.25, 0, 0]),
+])
+def test_strengths_ease_inside_the_leaf_that_changes_more(strengths, expected):
+    rows = torch.tensor(strengths, dtype=torch.float32).expand(3, -1)
+    assert eased(rows, 4).tolist() == torch.tensor(expected, dtype=torch.float32).expand(3, -1).tolist()
+    assert eased(rows.T, 4).T.tolist() == eased(rows, 4).tolist()
+
+
+def test_easing_over_no_cells_changes_nothing():
+    strengths = torch.rand(8, 8)
+    assert torch.equal(eased(strengths, 0), strengths)

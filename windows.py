@@ -249,7 +249,7 @@ def _smallest_fit(boxes: torch.Tensor, shapes: list[tuple[int, int]], overlap: i
     tall = (overlap - bottom).clamp(max=height) - (top - overlap).clamp(min=0)
     wide = (overlap - right).clamp(max=width) - (left - overlap).clamp(min=0)
     heights, widths = torch.tensor(shapes, dtype=torch.int32).T.contiguous()
-    return torch.maximum(torch.searchsorted(heights, tall), torch.searchsorted(widths, wide))
+    return torch.maximum(torch.searchsorted(heights, tall.contiguous()), torch.searchsorted(widths, wide.contiguous()))
 
 
 def _join_quarters(values: torch.Tensor, how, nothing: int) -> torch.Tensor:

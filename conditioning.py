@@ -2,12 +2,16 @@
 
 Anything spatial is cut to the window, anything else passes whole. Windows of a batch are stacked along the rows: all
 images of the first window, then all of the second, which is the order in which the host repeats rows to a batch.
+
+A conditioning is one of the host's dictionaries (RULES_OF_ENTRIES); its `model_conds` hold what its model made of it for
+a latent of the canvas' size, by name (RULES_OF_CONDS).
 """
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
@@ -15,109 +19,258 @@ import comfy.conds
 import comfy.samplers
 import comfy.utils
 
+from .canvas import Canvas, common_part, cut_rows, in_units_of, moved_to, passes_whole
+from .control import cut_control
 from .quadtree import Rect
 from .windows import slices
 
-
-@dataclass(frozen=True)
-class Canvas:
-    """The latent that the windows are cut from.
-
-    shape: of x, (B, C, [T,] height, width). cache: what was prepared once for the run.
-    """
-
-    shape: tuple[int, ...]
-    cache: dict
-
-    @property
-    def rows(self) -> int:
-        return self.shape[0]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.shape[-2], self.shape[-1]
-
-
-def cut_latent(latent: torch.Tensor, rects: Sequence[Rect]) -> torch.Tensor:
-    """The windows of a latent (B, ..., H, W) as rows, (windows * B, ..., h, w)."""
-    if len(rects) == 1:
-        return latent[slices(rects[0])]
-    return torch.cat([latent[slices(rect)] for rect in rects])
+# A conditioning of another size than the latent's is enlarged this often, if window borders run through its cells.
+FINEST_SPLIT = 8
 
 
 def cut_conds(conds: Sequence[list[dict] | None], rects: Sequence[Rect], canvas: Canvas) -> list[list[dict] | None]:
     """Cut every conditioning to a batch of windows of one shape and one kind (see kind_of_window)."""
-    return [None if entries is None else [cut for entry in entries if (cut := _cut_entry(entry, rects, canvas)) is not None] for entries in conds]
+    return [None if entries is None else [_cut_entry(entry, rects, canvas) for entry in entries if _meets(entry, rects[0])] for entries in conds]
 
 
 def kind_of_window(conds: Sequence[list[dict] | None], rect: Rect) -> Hashable:
-    """Windows of one kind may share a batch: the host takes one area per conditioning and batch."""
-    entries = [entry for entries in conds if entries is not None for entry in entries]
-    return tuple(_area_in_window(entry["area"], rect) for entry in entries if "area" in entry)
+    """Windows of one kind may share a batch: the host takes one area, and one set of boxes, per conditioning and batch."""
+    return tuple(_kind_of_entry(entry, rect) for entries in conds if entries is not None for entry in entries)
 
 
-def _cut_entry(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict | None:
-    """One conditioning for a batch of windows, or None if its area misses them."""
-    cut = dict(entry)
+def _meets(entry: dict, rect: Rect) -> bool:
+    return "area" not in entry or _area_in_window(entry["area"], rect) is not None
+
+
+def _kind_of_entry(entry: dict, rect: Rect) -> Hashable:
+    area = _area_in_window(entry["area"], rect) if "area" in entry else None
+    if "area" in entry and area is None:
+        return None
+    boxes = [tuple(box[1:]) for box in _boxes_in_window(entry, rect)] if "gligen" in entry else []
+    # The guides of LTX-Video are described for a whole batch by one list.
+    alone = rect if "keyframe_idxs" in entry["model_conds"] else None
+    return area, tuple(boxes), alone
+
+
+def _cut_entry(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
+    """One conditioning for a batch of windows that its area meets."""
     # Caches of other nodes are keyed on this: it has to name the windows, too, and stay the same at every step.
-    cut["uuid"] = uuid.uuid5(entry["uuid"], repr(rects))
-    cut["model_conds"] = {key: _cut_cond(value, rects, canvas) for key, value in entry["model_conds"].items()}
-    if "area" in entry:
-        area = _area_in_window(entry["area"], rects[0])
-        if area is None:
-            return None
-        cut["area"] = area
-        if "mask" not in entry:
-            cut["mask"], cut["mask_strength"] = _area_mask(entry["area"], canvas), 1.0
-    if "mask" in cut:
-        cut["mask"] = _stack(cut["mask"], rects, canvas)
+    cut = entry | {"uuid": uuid.uuid5(entry["uuid"], repr(rects))}
+    for key, rule in RULES_OF_ENTRIES.items():
+        if key in entry:
+            cut |= rule(entry, rects, canvas)
     return cut
 
 
-def _cut_cond(cond: comfy.conds.CONDRegular, rects: Sequence[Rect], canvas: Canvas):
-    """Cut the tensors of one conditioning that are as large as the latent."""
-    if torch.is_tensor(cond.cond):
-        return cond._copy_with(_stack(cond.cond, rects, canvas)) if _is_spatial(cond.cond, canvas) else cond
-    if isinstance(cond, comfy.conds.CONDList):
-        return cond._copy_with([_stack(value, rects, canvas) if _is_spatial(value, canvas) else value for value in cond.cond])
-    return cond
+def _cut_area(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
+    """The area inside the windows, and its feathered weight as a mask, which replaces the host's own feathering."""
+    cut = {"area": _area_in_window(entry["area"], rects[0])}
+    if "mask" in entry:
+        return cut
+    return cut | {"mask": cut_rows(_area_weight(entry["area"], canvas), rects, canvas.rows), "mask_strength": 1.0}
 
 
-def _is_spatial(value: torch.Tensor, canvas: Canvas) -> bool:
-    return value.ndim >= 4 and tuple(value.shape[-2:]) == canvas.size
+def _cut_mask(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
+    return {"mask": cut_rows(entry["mask"], rects, canvas.rows)}
 
 
-def _stack(value: torch.Tensor, rects: Sequence[Rect], canvas: Canvas) -> torch.Tensor:
-    """Cut a tensor with a row for all images, or one each, to windows."""
-    if len(rects) > 1:
-        value = comfy.utils.repeat_to_batch_size(value, canvas.rows)
-    return cut_latent(value, rects)
+def _cut_gligen(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
+    """The boxes inside the windows. Without any, the host's kind for a picture without boxes."""
+    kind, model, _ = entry["gligen"]
+    boxes = _boxes_in_window(entry, rects[0])
+    return {"gligen": (kind if boxes else "empty", model, boxes)}
+
+
+def _cut_entry_control(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
+    """The host scales a hint to what it samples: to an area, where there is one."""
+    place = Rect(0, 0, *canvas.size)
+    if "area" in entry:
+        place = common_part(_rect_of_area(entry["area"]), place)
+    return {"control": cut_control(entry["control"], rects, place, canvas)}
+
+
+def _cut_model_conds(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
+    conds = entry["model_conds"]
+    if "vinput_mask" in conds:
+        return {"model_conds": _laid_out_for_window(entry, rects, canvas)}
+    return {"model_conds": {key: _cut_cond(key, cond, rects, canvas) for key, cond in conds.items()}}
+
+
+RULES_OF_ENTRIES = {"area": _cut_area, "mask": _cut_mask, "gligen": _cut_gligen, "control": _cut_entry_control, "model_conds": _cut_model_conds}
 
 
 def _area_in_window(area: tuple[int, ...], rect: Rect) -> tuple[int, ...] | None:
     """The part of an area (sizes, then offsets) inside a window, in the window's cells; None if there is none."""
     dims = len(area) // 2
-    height, width, top, left = area[dims - 2], area[dims - 1], area[-2], area[-1]
-    part = Rect(max(top, rect.top), max(left, rect.left), min(top + height, rect.bottom), min(left + width, rect.right))
-    if part.height <= 0 or part.width <= 0:
+    part = common_part(_rect_of_area(area), rect)
+    if part is None:
         return None
-    return (*area[:dims - 2], part.height, part.width, *area[dims:-2], part.top - rect.top, part.left - rect.left)
+    part = moved_to(part, rect)
+    return (*area[:dims - 2], part.height, part.width, *area[dims:-2], part.top, part.left)
 
 
-def _area_mask(area: tuple[int, ...], canvas: Canvas) -> torch.Tensor:
+def _rect_of_area(area: tuple[int, ...]) -> Rect:
+    dims = len(area) // 2
+    return Rect(area[-2], area[-1], area[-2] + area[dims - 2], area[-1] + area[dims - 1])
+
+
+def _area_weight(area: tuple[int, ...], canvas: Canvas) -> torch.Tensor:
     """The feathered weight that the host gives an area of the whole latent, (1, [T,] H, W).
 
     The host feathers a given number of cells inside an area's edge; done per window, edges that lie outside the
     window would lose theirs.
     """
-    key = ("area", area)
-    if key not in canvas.cache:
-        like = torch.ones(1, 1, *canvas.shape[2:])
-        weight = comfy.samplers.get_area_and_mult({"area": area, "model_conds": {}, "uuid": None}, like, None)
-        mask = torch.zeros_like(like)[0]
-        part = mask
-        for dim, size in enumerate(weight.area[:len(weight.area) // 2]):
-            part = part.narrow(dim + 1, weight.area[len(weight.area) // 2 + dim], size)
-        part += weight.mult[0]
-        canvas.cache[key] = mask
-    return canvas.cache[key]
+    key = "area", area
+    if key not in canvas.prepared:
+        like = torch.ones(1, 1, *canvas.shape[2:], device=canvas.device)
+        found = comfy.samplers.get_area_and_mult({"area": area, "model_conds": {}, "uuid": None}, like, None)
+        weight = part = torch.zeros_like(like)[0]
+        for dim in range(part.ndim - 1):
+            part = part.narrow(dim + 1, found.area[part.ndim - 1 + dim], found.area[dim])
+        part += found.mult[0]
+        canvas.prepared[key] = weight
+    return canvas.prepared[key]
+
+
+def _boxes_in_window(entry: dict, rect: Rect) -> list[tuple]:
+    """GLIGEN's boxes (embedding, height, width, top, left), moved and clipped to the part of the window that its area leaves."""
+    area = _rect_of_area(entry["area"]) if "area" in entry else Rect(0, 0, rect.bottom, rect.right)
+    seen = common_part(area, rect)
+    found = []
+    for embedding, height, width, top, left in entry["gligen"][2]:
+        # The host counts boxes from the area's corner.
+        part = common_part(Rect(top + area.top, left + area.left, top + area.top + height, left + area.left + width), seen)
+        if part is not None:
+            part = moved_to(part, seen)
+            found.append((embedding, part.height, part.width, part.top, part.left))
+    return found
+
+
+def _laid_out_for_window(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
+    """HiDream-O1's conditioning lists the tokens of a picture of one size, so its model has to list the window's."""
+    area = _area_in_window(entry["area"], rects[0]) if "area" in entry else None
+    size = rects[0].height, rects[0].width
+    key = "layout", entry["uuid"], size, area
+    if key not in canvas.prepared:
+        noise = torch.empty(*canvas.shape[:-2], *size, device=canvas.device)
+        canvas.prepared[key] = canvas.model.extra_conds(**entry | {"noise": noise, "device": canvas.device, "area": area})
+    return canvas.prepared[key]
+
+
+def _cut_cond(key: str, cond, rects: Sequence[Rect], canvas: Canvas):
+    """Cut one of the values that the model made, by its name or its size."""
+    value = getattr(cond, "cond", None)
+    if key == "guide_attention_entries":
+        return cond._copy_with([_guide_in_window(guide, rects[0], canvas) for guide in value])
+    if isinstance(cond, comfy.conds.CONDList):
+        return cond._copy_with([_cut_value(key, part, rects, canvas) for part in value])
+    if isinstance(cond, comfy.conds.CONDRegular) and torch.is_tensor(value):
+        return cond._copy_with(_cut_value(key, value, rects, canvas))
+    if not (isinstance(cond, comfy.conds.CONDConstant) and (key in WHOLE or _is_plain(value))):
+        passes_whole(canvas, f"conditioning {key!r}")
+    return cond
+
+
+def _cut_value(key: str, value: torch.Tensor, rects: Sequence[Rect], canvas: Canvas) -> torch.Tensor:
+    cut = None if key in WHOLE else RULES_OF_CONDS.get(key, _of_latent_size)(value, rects, canvas)
+    if cut is not None:
+        return cut
+    if value.ndim >= 4 and key not in WHOLE and key not in REFERENCES:
+        passes_whole(canvas, f"conditioning {key!r} of shape {tuple(value.shape)}")
+    # The host repeats rows to the batch as a block, which suits windows only if a block is a window.
+    if len(rects) > 1 and value.ndim > 0 and value.shape[0] > 1:
+        return comfy.utils.repeat_to_batch_size(value, canvas.rows)
+    return value
+
+
+def _is_plain(value) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(part) for part in value)
+    return value is None or isinstance(value, (int, float, str))
+
+
+def _of_latent_size(value: torch.Tensor, rects: Sequence[Rect], canvas: Canvas) -> torch.Tensor | None:
+    if value.ndim < 4 or tuple(value.shape[-2:]) != canvas.size:
+        return None
+    return cut_rows(value, rects, canvas.rows)
+
+
+def _in_proportion(value: torch.Tensor, rects: Sequence[Rect], canvas: Canvas) -> torch.Tensor | None:
+    """A tensor of another resolution that covers the canvas."""
+    if value.ndim < 4:
+        return None
+    edges = {-2: [edge for rect in rects for edge in (rect.top, rect.bottom)], -1: [edge for rect in rects for edge in (rect.left, rect.right)]}
+    for dim, places in edges.items():
+        split = math.lcm(*(Fraction(place * value.shape[dim], canvas.shape[dim]).denominator for place in places))
+        if split > FINEST_SPLIT:
+            return None
+        value = value.repeat_interleave(split, dim) if split > 1 else value
+    ratios = (Fraction(value.shape[dim], canvas.shape[dim]) for dim in (-2, -1))
+    return cut_rows(value, in_units_of(value, rects, *ratios), canvas.rows)
+
+
+def _resized(value: torch.Tensor, rects: Sequence[Rect], canvas: Canvas) -> torch.Tensor:
+    """Stable Cascade's prior, resized as its network would for the whole canvas, so that the network leaves a window's as it is."""
+    return cut_rows(torch.nn.functional.interpolate(value, canvas.size, mode="bilinear", align_corners=True), rects, canvas.rows)
+
+
+def _attention_mask(value: torch.Tensor, rects: Sequence[Rect], canvas: Canvas) -> torch.Tensor | None:
+    """FLUX's mask of text and picture tokens by themselves, (b, tokens, tokens); other families' are of the text alone."""
+    height, width = (math.ceil(length / canvas.patch) for length in canvas.size)
+    text = value.shape[-1] - height * width
+    if value.ndim != 3 or value.shape[-2] != value.shape[-1] or text < 0:
+        return None
+    if len(rects) > 1:
+        value = comfy.utils.repeat_to_batch_size(value, canvas.rows)
+    picture, parts = torch.arange(text, text + height * width, device=value.device).view(height, width), []
+    for rect in in_units_of(picture, rects, Fraction(1, canvas.patch), Fraction(1, canvas.patch)):
+        tokens = torch.cat([torch.arange(text, device=value.device), picture[slices(rect)].flatten()])
+        parts.append(value[:, tokens][:, :, tokens])
+    return torch.cat(parts)
+
+
+def _keyframes(value: torch.Tensor, rects: Sequence[Rect], canvas: Canvas) -> torch.Tensor | None:
+    """LTX-Video's guides, (b, 3, tokens, 2): start and end of frame, row and column in px; a window's own px start at 0."""
+    height, width = canvas.size
+    if value.shape[2] % (height * width):
+        return None
+    rect, scales = rects[0], canvas.model.diffusion_model.vae_scale_factors
+    tokens = value.unflatten(2, (-1, height, width))[:, :, :, rect.top:rect.bottom, rect.left:rect.right].flatten(2, 4)
+    return tokens - torch.tensor([0, rect.top * scales[1], rect.left * scales[2]], device=value.device).view(1, 3, 1, 1)
+
+
+def _guide_in_window(guide: dict, rect: Rect, canvas: Canvas) -> dict:
+    """The size and the mask of one guide of LTX-Video. A small one has a token at every few cells, its latent_shape."""
+    height, width = canvas.size
+    frames, rows, cols = guide["latent_shape"]
+    down, across = height // rows, width // cols
+    part = Rect(math.ceil(rect.top / down), math.ceil(rect.left / across), math.ceil(rect.bottom / down), math.ceil(rect.right / across))
+    cut = guide | {
+        "pre_filter_count": guide["pre_filter_count"] // (height * width) * rect.height * rect.width,
+        "latent_shape": [frames, part.height, part.width]}
+    if guide.get("pixel_mask") is not None:
+        mask = guide["pixel_mask"]
+        small = torch.nn.functional.interpolate(mask.flatten(0, 1), (rows, cols), mode="area")
+        cut["pixel_mask"] = small.unflatten(0, mask.shape[:2])[slices(part)]
+    return cut
+
+
+RULES_OF_CONDS = {
+    "attention_mask": _attention_mask,
+    "c_concat": _in_proportion,
+    "camera_conditions": _in_proportion,
+    "effnet": _resized,
+    "keyframe_idxs": _keyframes,
+    "lq_latent": _in_proportion,
+    "pose_latents": _in_proportion,
+    "ref_mask_latents": _in_proportion,
+    "sam_latents": _in_proportion,
+}
+
+# Pictures beside the one that is sampled: those of the latent's size show the same place, others have places of their own.
+REFERENCES = frozenset({"context_latents", "ref_latent", "ref_latents", "reference_latent", "reference_motion"})
+
+# Known to have no place in the picture, although they have as many dimensions as a picture, or hold objects.
+WHOLE = frozenset({
+    "audio_embed", "audio_codes", "encoder_hidden_states_llama3", "face_pixel_values", "latent_shapes", "ref_audio", "ref_contexts", "refer_audio",
+    "siglip_feats"})

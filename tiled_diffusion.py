@@ -21,7 +21,9 @@ import comfy.model_management
 import comfy.patcher_extension
 import comfy.utils
 
-from .conditioning import Canvas, cut_conds, cut_latent, kind_of_window
+from .canvas import Canvas, cut_latent
+from .conditioning import cut_conds, kind_of_window
+from .control import cut_model_options
 from .denoise_schedule import EASE_CELLS, SCHEDULES, eased, progress_at, share_at, txt2img_share_at
 from .quadtree import Quadtree, strength_raster
 from .windows import (
@@ -115,6 +117,7 @@ class Run:
         self.original: torch.Tensor | None = None
         self.plans: dict = {}
         self.prepared: dict = {}
+        self.copies: dict = {}
         self.batch_limit = settings.tile_batch_size or LARGEST_BATCH
         self.calls = self.windows = self.grid_windows = 0
         self.cost = self.grid_cost = 0.0
@@ -176,6 +179,12 @@ class Run:
         self.cost += plan.cost
         self.grid_cost += self.grid.cost
 
+    def canvas(self, model, x, plan: TilePlan) -> Canvas:
+        """What windows are cut from. Copies made for windows that are no longer in the plan are dropped."""
+        wanted = {window.rect for window in plan.windows}
+        self.copies = {key: value for key, value in self.copies.items() if wanted.issuperset(key[1])}
+        return Canvas(model, tuple(x.shape), x.device, patch_cells(model), self.prepared, self.copies)
+
     def restored(self, samples: torch.Tensor, latent_image: torch.Tensor) -> torch.Tensor:
         """The samples with the original, bit for bit, where the strength is 0."""
         if self.original is None:
@@ -235,7 +244,7 @@ def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
 def _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, blend) -> list[torch.Tensor]:
     """The weighted sum of the model's results over the windows, one per conditioning."""
     run = _run_of(model_options)
-    canvas = Canvas(tuple(x.shape), run.prepared)
+    canvas = run.canvas(model, x, plan)
     totals = [torch.zeros_like(x) for _ in conds]
     pending = deque(group_windows(plan.windows, lambda window: kind_of_window(conds, window.rect)))
     while pending:
@@ -247,7 +256,8 @@ def _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, ble
             group = group[:limit]
         rects = [window.rect for window in group]
         try:
-            results = executor(model, cut_conds(conds, rects, canvas), cut_latent(x, rects), sigma.repeat(len(group)), model_options)
+            results = executor(
+                model, cut_conds(conds, rects, canvas), cut_latent(x, rects), sigma.repeat(len(group)), cut_model_options(model_options, rects, canvas))
         except comfy.model_management.OOM_EXCEPTION:
             if len(group) == 1:
                 raise
@@ -264,6 +274,7 @@ def _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, ble
 def _halve_batches(run: Run, size: int) -> None:
     """From here on run half as many windows at once."""
     run.batch_limit = size // 2
+    run.copies.clear()
     log.info("out of memory with %d windows at once: going on with %d", size, run.batch_limit)
     comfy.model_management.soft_empty_cache()
 

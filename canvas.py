@@ -1,0 +1,84 @@
+"""How is the part of a window taken from what covers the whole canvas? In cells of the latent, unless said otherwise."""
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+import comfy.utils
+
+from .quadtree import Rect
+from .windows import slices
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Canvas:
+    """The latent that windows are cut from.
+
+    model: the host's, which its conditionings were made for. shape: of x, (B, C, [T,] height, width). patch: the side of the
+    model's patch. prepared: what was made once for the run. copies: what was made for batches of windows; the second part of
+    a key is their windows.
+    """
+
+    model: object
+    shape: tuple[int, ...]
+    device: torch.device
+    patch: int
+    prepared: dict
+    copies: dict
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.shape[-2], self.shape[-1]
+
+
+def cut_latent(latent: torch.Tensor, rects: Sequence[Rect]) -> torch.Tensor:
+    """The windows of a latent (B, ..., H, W) as rows, (windows * B, ..., h, w)."""
+    if len(rects) == 1:
+        return latent[slices(rects[0])]
+    return torch.cat([latent[slices(rect)] for rect in rects])
+
+
+def cut_rows(value: torch.Tensor, rects: Sequence[Rect], rows: int) -> torch.Tensor:
+    """Cut a tensor with a row for all images, or one each, to windows."""
+    if len(rects) > 1:
+        value = comfy.utils.repeat_to_batch_size(value, rows)
+    return cut_latent(value, rects)
+
+
+def in_units_of(value: torch.Tensor, rects: Sequence[Rect], down: Fraction | int, across: Fraction | int, multiple: int = 1) -> list[Rect]:
+    """The windows in a tensor with down x across elements per cell: whole multiples of elements, moved inside of it."""
+    found = []
+    for rect in rects:
+        height, width = (math.ceil(math.ceil(length) / multiple) * multiple for length in (rect.height * down, rect.width * across))
+        top, left = min(int(rect.top * down), value.shape[-2] - height), min(int(rect.left * across), value.shape[-1] - width)
+        found.append(Rect(top, left, top + height, left + width))
+    return found
+
+
+def passes_whole(canvas: Canvas, what: str) -> None:
+    """Say once in a run that windows see the whole of something."""
+    if ("whole", what) not in canvas.prepared:
+        canvas.prepared["whole", what] = True
+        log.info("%s is not known to belong to a part of the picture: every window sees the whole of it", what)
+
+
+def common_part(one: Rect, other: Rect) -> Rect | None:
+    """What two rectangles share, if anything."""
+    part = Rect(max(one.top, other.top), max(one.left, other.left), min(one.bottom, other.bottom), min(one.right, other.right))
+    return part if part.height > 0 and part.width > 0 else None
+
+
+def moved_to(rect: Rect, origin: Rect) -> Rect:
+    """The rectangle in coordinates that begin at the corner of another."""
+    return Rect(rect.top - origin.top, rect.left - origin.left, rect.bottom - origin.top, rect.right - origin.left)

@@ -138,7 +138,7 @@ class Run:
         self.cost_of = window_cost(model, conds, latent.shape)
         self.grid = full_grid(*latent.shape[-2:], self.sizes, self.cost_of)
         steps = len(self.schedule) - 1
-        self.offsets = shift_offsets(settings.shift_method, steps, self.sizes.sides[-1], patch_cells(model), settings.seed) if settings.method == "SpotDiffusion" else [(0, 0)] * steps
+        self.offsets = shift_offsets(settings.shift_method, steps, self.sizes.sides[-1], patch_cells(model), settings.seed) if settings.method == "SpotDiffusion" else [None] * steps
 
     def _find_original(self, model, noise, latent):
         """The clean latent in the model's scale, or None where there is none to preserve."""

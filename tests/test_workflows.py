@@ -6,6 +6,7 @@ import json
 import urllib.parse
 from pathlib import Path
 
+import av
 import numpy
 import pytest
 import skimage.data
@@ -20,8 +21,11 @@ MODEL_INPUTS = {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name"
 
 # The T5 encoders have one size, 9 GB: in place of their loader, CLIP-L alone, in the width of T5.
 TEXT_ENCODER = {"class_type": "CLIPLoader", "inputs": {"clip_name": "clip_l.safetensors", "type": "sd3"}}
-# What only costs time, made small: the picture, the windows in the same proportion, the steps.
-SMALL = {"megapixels": 0.15, "min_leaf": 32, "max_leaf": 256, "min_window": 128, "max_window": 256, "tile_overlap": 16, "steps": 2, "feather": 8}
+# What only costs time, made small: the picture, its leaves and windows in the same proportion, the steps.
+SMALL = {
+    "megapixels": 0.05, "length": 5, "min_leaf": 16, "max_leaf": 128, "min_window": 64, "max_window": 128,
+    "tile_overlap": 16, "steps": 4, "feather": 8,
+}
 
 
 def workflow(name: str) -> dict:
@@ -102,9 +106,18 @@ def give_models(graph: dict, models: Path) -> None:
 
 
 def give_pictures(folder: Path) -> None:
-    """A photo under the name of the one that every host has."""
-    photo = Image.fromarray(skimage.data.coffee()[:384:2, :512:2])
-    photo.save(folder / "example.png")
+    """A photo under the name of the one that every host has, as if painted on with the mask editor, and a video that pans over it."""
+    photo = skimage.data.coffee()[:256:2, :384:2]
+    painted = numpy.full((*photo.shape[:2], 1), 255, numpy.uint8)
+    painted[24:88, 40:120] = 0
+    Image.fromarray(numpy.concatenate([photo, painted], 2)).save(folder / "example.png")
+    with av.open(str(folder / "video.mp4"), "w") as video:
+        stream = video.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 160, 128, "yuv420p"
+        for shift in range(0, 32, 4):
+            frame = numpy.ascontiguousarray(photo[:, shift:shift + 160])
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        video.mux(stream.encode())
 
 
 def frames(server, output: dict) -> numpy.ndarray:

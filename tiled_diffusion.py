@@ -169,7 +169,7 @@ class Run:
         if (active, offset) not in self.plans:
             cells = self.share(progress, self.strengths.cpu()) > 0
             plan = plan_windows(cells, self.sizes, self.cost_of, offset)
-            self.plans[active, offset] = plan, plan_blend(self.settings.method, plan, self.strengths.device)
+            self.plans[active, offset] = plan, plan_blend(self.settings.method, plan, self.sizes.overlap, self.strengths.device)
         return self.plans[active, offset]
 
     def count(self, plan: TilePlan) -> None:

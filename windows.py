@@ -124,11 +124,12 @@ def group_windows(windows: Sequence[Window], kind_of) -> list[tuple[Window, ...]
     return [tuple(group) for group in groups.values()]
 
 
-def blend_weight(method: str, height: int, width: int) -> torch.Tensor:
+def blend_weight(method: str, height: int, width: int, overlap: int) -> torch.Tensor:
     """The weight of a window's cells, (height, width), above 0 everywhere.
 
-    MultiDiffusion (arXiv 2302.08113) averages; Mixture of Diffusers (arXiv 2302.02412) trusts the middle: a Gaussian of
-    variance 0.01 in units of the side, along each axis by itself.
+    MultiDiffusion (arXiv 2302.08113) averages; Mixture of Diffusers (arXiv 2302.02412) trusts the middle. Its Gaussian
+    turns from one window to the next within two cells or so, which shows; here the weight is flat in the middle and falls
+    along each axis as a raised cosine over the cells that neighbours share, twice the overlap.
     """
     if method == "MultiDiffusion":
         return torch.ones(height, width)
@@ -136,8 +137,8 @@ def blend_weight(method: str, height: int, width: int) -> torch.Tensor:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}.")
     falloffs = []
     for length in (height, width):
-        position = (torch.arange(length) + 0.5) / length - 0.5
-        falloffs.append(torch.exp(-position.square() / 0.02))
+        depth = torch.minimum(torch.arange(length), torch.arange(length).flip(0)) + 0.5
+        falloffs.append(torch.sin(math.pi / 2 * (depth / max(2 * overlap, 1)).clamp(max=1)).square())
     return falloffs[0][:, None] * falloffs[1]
 
 
@@ -155,15 +156,15 @@ class Blend:
         return (self.weights[window.rect.height, window.rect.width] / self.total[slices(window.rect)]).to(like.dtype)
 
 
-def plan_blend(method: str, plan: TilePlan, device: torch.device) -> Blend:
-    """Make the weights of a plan.
+def plan_blend(method: str, plan: TilePlan, overlap: int, device: torch.device) -> Blend:
+    """Make the weights of a plan whose windows overlap by so many cells on every side.
 
     SpotDiffusion (arXiv 2407.15507) does not blend: each cell comes from the window whose core holds it.
     """
     if method == "SpotDiffusion":
         return Blend({}, None)
     shapes = {(window.rect.height, window.rect.width) for window in plan.windows}
-    weights = {shape: blend_weight(method, *shape).to(device) for shape in shapes}
+    weights = {shape: blend_weight(method, *shape, overlap).to(device) for shape in shapes}
     total = torch.zeros(plan.height, plan.width, device=device)
     for window in plan.windows:
         total[slices(window.rect)] += weights[window.rect.height, window.rect.width]

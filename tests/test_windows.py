@@ -208,21 +208,28 @@ def test_windows_of_one_shape_and_kind_are_grouped_in_their_order():
 @pytest.mark.parametrize("height, width", [(8, 8), (48, 128), (144, 6), (1, 1)])
 def test_weights_are_positive_and_mirror_images_of_themselves(height, width):
     for method in ("Mixture of Diffusers", "MultiDiffusion"):
-        weight = blend_weight(method, height, width)
+        weight = blend_weight(method, height, width, 4)
         assert weight.shape == (height, width)
         assert weight.min() > 0
         assert torch.allclose(weight, weight.flip(0)) and torch.allclose(weight, weight.flip(1))
 
 
 def test_mixture_of_diffusers_trusts_the_middle_along_each_axis_by_itself():
-    weight = blend_weight("Mixture of Diffusers", 4, 100)
-    # A Gaussian of variance 0.01 at 1/8 and 3/8 of the height from the middle.
-    assert weight[1, 50] / weight[0, 50] == pytest.approx(math.exp((0.375 ** 2 - 0.125 ** 2) / 0.02), rel=1e-5)
+    weight = blend_weight("Mixture of Diffusers", 4, 100, 16)
+    assert weight[1, 32:68].tolist() == [weight[1, 50]] * 36
+    # Of a ramp of 32 cells, cell 8 is 8.5 cells deep.
+    assert weight[1, 8] / weight[1, 50] == pytest.approx(math.sin(math.pi / 2 * 8.5 / 32) ** 2, rel=1e-3)
+    assert weight[0, 50] / weight[1, 50] == pytest.approx((math.sin(math.pi / 4 / 32) / math.sin(math.pi / 4 * 3 / 32)) ** 2, rel=1e-5)
+
+
+def test_neighbours_hand_over_evenly():
+    first = blend_weight("Mixture of Diffusers", 48, 48, 8)[24]
+    assert torch.allclose(first[-16:] + first[:16], torch.ones(16))
 
 
 def test_a_method_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match="method: expected one of Mixture of Diffusers, MultiDiffusion, SpotDiffusion, got 'Poisson'"):
-        blend_weight("Poisson", 8, 8)
+        blend_weight("Poisson", 8, 8, 2)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -230,7 +237,7 @@ def test_a_method_that_does_not_exist_is_named():
 def test_weights_of_all_windows_sum_to_1_on_every_active_cell(height, width, sizes, share, offset, method):
     active = speckled(9, height, width, share)
     plan = plan_windows(active, sizes, COSTS["no text"], offset)
-    blend = plan_blend(method, plan, torch.device("cpu"))
+    blend = plan_blend(method, plan, sizes.overlap, torch.device("cpu"))
     total = torch.zeros(height, width)
     for window in plan.windows:
         total[slices(window.rect)] += blend.weight_of(window, total)
@@ -242,7 +249,7 @@ def test_weights_of_all_windows_sum_to_1_on_every_active_cell(height, width, siz
 def test_a_constant_stays_constant_in_every_precision(method, dtype):
     active = speckled(10, 64, 48, 0.5)
     plan = plan_windows(active, SMALL, COSTS["no text"])
-    blend = plan_blend(method, plan, torch.device("cpu"))
+    blend = plan_blend(method, plan, SMALL.overlap, torch.device("cpu"))
     total = torch.zeros(1, 3, 64, 48, dtype=dtype)
     for window in plan.windows:
         part = torch.full((1, 3, window.rect.height, window.rect.width), 2.0, dtype=dtype)
@@ -252,7 +259,7 @@ def test_a_constant_stays_constant_in_every_precision(method, dtype):
 
 def test_weights_are_kept_once_per_shape():
     plan = plan_windows(torch.ones(512, 512, dtype=torch.bool), WindowSizes((32, 64), 4), WindowCost())
-    blend = plan_blend("Mixture of Diffusers", plan, torch.device("cpu"))
+    blend = plan_blend("Mixture of Diffusers", plan, 4, torch.device("cpu"))
     assert len(plan.windows) == 64
     assert {shape: tuple(weight.shape) for shape, weight in blend.weights.items()} == {(72, 72): (72, 72)}
 

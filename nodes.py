@@ -1,8 +1,11 @@
 """What does the user wire? Six nodes; each is a schema and a call."""
 from __future__ import annotations
 
-from comfy_api.latest import ComfyExtension, io
+from comfy_api.latest import ComfyExtension, io, ui
 
+import comfy.utils
+
+from . import preview
 from . import quadtree as trees
 from .denoise_schedule import SCHEDULES
 from .tiled_diffusion import TiledDiffusion
@@ -10,6 +13,9 @@ from .windows import METHODS, SHIFTS
 
 CATEGORY = "quadtree tiled diffusion"
 TREE = io.Custom("QUADTREE")
+
+# Longer side of the picture that the browser gets.
+PREVIEW_PX = 1024
 
 
 def _min_leaf():
@@ -36,19 +42,34 @@ class QuadtreeFromImage(io.ComfyNode):
                 io.Float.Input("min_denoise", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Strength of the largest leaves. 0 keeps them exactly, and costs nothing."),
                 io.Float.Input("max_denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Strength of the smallest leaves. 1 redraws them wholly; it is relative to the steps of the sampler."),
                 io.Combo.Input("metric", options=list(trees.METRICS), default="variance", advanced=True, tooltip="What counts as content: variance sees contrast, gradient sees edges and texture, combined sees both."),
+                io.String.Input("edits", default="", optional=True, advanced=True, tooltip="Squares painted on the picture of this node, as JSON in pixels. They go before everything else; make it empty to be rid of them."),
             ],
             outputs=[
                 TREE.Output("quadtree", tooltip="The leaves and their strengths."),
                 io.Image.Output("overlay", tooltip="The picture with its leaves: dark violet is kept, yellow is redrawn."),
             ],
+            # Without it the host sends nothing to a browser that reloads while the node's result is cached.
+            has_intermediate_output=True,
         )
 
     @classmethod
-    def execute(cls, image, detail_budget, content_threshold, min_leaf, max_leaf, min_denoise, max_denoise, metric) -> io.NodeOutput:
-        tree = trees.build_quadtree(
-            image, detail_budget=detail_budget, content_threshold=content_threshold, min_leaf=min_leaf, max_leaf=max_leaf,
-            min_denoise=min_denoise, max_denoise=max_denoise, metric=metric)
-        return io.NodeOutput(tree, trees.draw_quadtree(image, tree))
+    def execute(cls, image, edits="", **settings) -> io.NodeOutput:
+        cells = preview.measure(image, settings["min_leaf"])
+        tree = preview.tree_of(cells, edits=edits, **settings)
+        return io.NodeOutput(tree, trees.draw_quadtree(image, tree), ui=_shown(image, cells, tree, {**settings, "edits": edits}, cls))
+
+
+def _shown(image, cells, tree, settings, cls) -> dict | None:
+    """What the browser is told of a picture and its tree; None where there is no browser."""
+    pictures = preview.kept_pictures()
+    if pictures is None:
+        return None
+    scale = min(PREVIEW_PX / max(image.shape[1:3]), 1)
+    height, width = (max(round(side * scale), 1) for side in image.shape[1:3])
+    small = comfy.utils.common_upscale(image[:1, ..., :3].expand(-1, -1, -1, 3).movedim(-1, 1), width, height, "area", "disabled").movedim(1, -1)
+    picture = ui.PreviewImage(small, cls=cls).as_dict()["images"][0]
+    # Not under "images", which the host would show a second time.
+    return {"qtd_tree": [{"picture": pictures.keep(cells), "image": picture, "leaves": len(tree.leaves), "settings": settings}]}
 
 
 class QuadtreeFromMask(io.ComfyNode):
@@ -162,5 +183,10 @@ class QuadtreeComposite(io.ComfyNode):
 
 
 class QuadtreeExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        server = preview.running_server()
+        if server is not None:
+            preview.add_route(server)
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [QuadtreeFromImage, QuadtreeFromMask, QuadtreeAdjust, QuadtreeToMask, QuadtreeTiledDiffusion, QuadtreeComposite]

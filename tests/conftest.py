@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["browser_tools"]
+
 ROOT = Path(__file__).resolve().parent.parent
 BASE = Path(tempfile.mkdtemp(prefix="qtd-tests-"))
 

@@ -1,0 +1,333 @@
+// What does one node show, and what does a touch do? The picture with its tree, kept up to date by the server.
+import { drawDiamond, drawFrame, drawStroke, drawTree, fit, hatch, prepare } from "./drawing.mjs";
+import { nextStrength, paint, readEdits, writeEdits } from "./edits.mjs";
+import { describeLeaf, describeTree, leafAt, neighbour, readTree } from "./tree.mjs";
+
+const ROUTE = "/quadtree_tiled_diffusion/tree";
+const SETTINGS = ["detail_budget", "content_threshold", "min_leaf", "max_leaf", "min_denoise", "max_denoise", "metric", "edits"];
+const DEBOUNCE_MS = 30;
+const MOST_UNDO = 100;
+const HINT = "Run the graph once to see the tree. From then on it follows the settings at once, and you can paint on it.";
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+let count = 0;
+
+export class Overlay {
+  /** node: of the graph. api, app: the host's. */
+  constructor({ node, api, app }) {
+    Object.assign(this, { node, api, app });
+    this.result = this.tree = this.picture = this.hovered = this.focused = this.stroke = null;
+    this.error = "";
+    this.undoTexts = [];
+    this.requests = new AbortController();
+    this.build();
+    this.sizes = new ResizeObserver(() => this.draw());
+    this.sizes.observe(this.stage);
+    this.show();
+  }
+
+  /** Take what the node's run sent: a picture, and the key under which the server knows it. */
+  setResult(result) {
+    if (!result) return;
+    this.result = result;
+    this.undoTexts = this.key === result.picture ? this.undoTexts : [];
+    this.key = result.picture;
+    const picture = new Image();
+    picture.onload = () => {
+      this.picture = picture;
+      this.draw();
+    };
+    picture.src = this.api.apiURL(`/view?${new URLSearchParams(result.image)}`);
+    this.refresh();
+  }
+
+  /** Ask for the tree of the settings as they are now: soon, and one question at a time. */
+  refresh() {
+    this.isStale = true;
+    if (!this.result || this.timer || this.isAsking || this.requests.signal.aborted) return this.show();
+    this.timer = setTimeout(() => this.ask(), DEBOUNCE_MS);
+  }
+
+  /** Stop all that goes on: the node is gone. */
+  close() {
+    clearTimeout(this.timer);
+    this.requests.abort();
+    this.sizes.disconnect();
+  }
+
+  async ask() {
+    this.timer = null;
+    this.isStale = false;
+    this.isAsking = true;
+    try {
+      const body = JSON.stringify({ picture: this.result.picture, ...this.settings() });
+      const headers = { "Content-Type": "application/json" };
+      const response = await this.api.fetchApi(ROUTE, { method: "POST", headers, body, signal: this.requests.signal });
+      this.take(await response.json());
+    } catch (problem) {
+      if (this.requests.signal.aborted) return;
+      this.take({ error: `The server did not answer (${problem.message}).` });
+    } finally {
+      this.isAsking = false;
+    }
+    if (this.isStale) this.refresh();
+  }
+
+  take(answer) {
+    this.error = answer.error ?? "";
+    this.tree = answer.error ? null : readTree(answer);
+    const again = (leaf) => (leaf && this.tree ? leafAt(this.tree, leaf.left + leaf.width / 2, leaf.top + leaf.height / 2) : null);
+    this.hovered = again(this.hovered);
+    this.focused = again(this.focused);
+    this.show();
+  }
+
+  /** The values that the node would run with; those of wired inputs are known from its last run. */
+  settings() {
+    return Object.fromEntries(SETTINGS.map((name) => [name, this.isWired(name) ? this.result.settings[name] : this.widget(name)?.value]));
+  }
+
+  widget(name) {
+    return this.node.widgets.find((widget) => widget.name === name);
+  }
+
+  isWired(name) {
+    return this.node.inputs?.some((input) => input.widget?.name === name && input.link != null) ?? false;
+  }
+
+  // Painting
+
+  /** Paint leaves with a strength, as one step of undo. */
+  paintLeaves(leaves, strength) {
+    if (this.isWired("edits")) return this.say("edits is wired: what is painted comes from there.");
+    const { width, height } = this.tree;
+    const before = readEdits(this.widget("edits").value);
+    // Of another size, but of the same aspect: of any other the server would have shown no tree.
+    const scale = before ? width / before.size[0] : 1;
+    let squares = before ? before.squares.map(([left, top, side, amount]) => [left * scale, top * scale, side * scale, amount]) : [];
+    for (const leaf of leaves) {
+      squares = paint(squares, [leaf.left, leaf.top, leaf.side, strength]);
+      leaf.painted = strength !== null;
+      leaf.strength = strength ?? leaf.strength;
+    }
+    this.setEdits(writeEdits(width, height, squares));
+  }
+
+  setEdits(text) {
+    const widget = this.widget("edits");
+    if (widget.value === text) return;
+    this.undoTexts = [...this.undoTexts.slice(-MOST_UNDO + 1), widget.value];
+    this.write(text);
+  }
+
+  undo() {
+    if (!this.undoTexts.length) return this.say("Nothing to undo.");
+    this.write(this.undoTexts.pop());
+    this.say("Undone.");
+  }
+
+  write(text) {
+    const widget = this.widget("edits");
+    widget.value = text;
+    widget.callback?.(text); // refreshes, as when the text is typed
+    this.node.graph?.setDirtyCanvas(true, true);
+  }
+
+  // Pointer and keyboard
+
+  onPointerDown(event) {
+    if (event.button === 1) return this.isClassic() && this.app.canvas.processMouseDown(event);
+    const leaf = this.leafUnder(event);
+    if (event.button !== 0 || !leaf) return;
+    this.stroke = { leaves: new Set([leaf]), strength: nextStrength(leaf), last: this.pointOf(event) };
+    this.top.setPointerCapture(event.pointerId);
+    this.drawTop();
+  }
+
+  onPointerMove(event) {
+    this.hovered = this.leafUnder(event) ?? null;
+    if (this.stroke) this.addToStroke(this.pointOf(event));
+    this.placeTip(event);
+    this.drawTop();
+  }
+
+  /** Take in all leaves on the way from where the pointer was last. */
+  addToStroke([x, y]) {
+    const [lastX, lastY] = this.stroke.last;
+    const steps = Math.max(1, Math.ceil(Math.hypot(x - lastX, y - lastY) / (this.tree.min_leaf / 2)));
+    for (let step = 1; step <= steps; step++) {
+      const leaf = leafAt(this.tree, lastX + ((x - lastX) * step) / steps, lastY + ((y - lastY) * step) / steps);
+      if (leaf) this.stroke.leaves.add(leaf);
+    }
+    this.stroke.last = [x, y];
+  }
+
+  onPointerUp() {
+    const stroke = this.stroke;
+    this.stroke = null;
+    if (stroke && this.tree) this.paintLeaves(stroke.leaves, stroke.strength);
+    this.drawTop();
+  }
+
+  onPointerGone() {
+    this.hovered = this.stroke = null;
+    this.tip.hidden = true;
+    this.drawTop();
+  }
+
+  onKeyDown(event) {
+    const isUndo = (event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "z" && !event.shiftKey;
+    const isPlain = !event.ctrlKey && !event.metaKey && !event.altKey;
+    if (isUndo) this.undo();
+    else if (isPlain && this.tree && event.key in ARROWS) this.moveFocus(...ARROWS[event.key]);
+    else if (isPlain && this.tree && (event.key === "Enter" || event.key === " ")) this.toggleFocused();
+    else if (event.key === "Escape") this.top.blur();
+    else return;
+    // Else the host moves the canvas or undoes in the graph.
+    event.preventDefault();
+    event.stopPropagation();
+  }
+
+  moveFocus(dx, dy) {
+    this.focused = this.focused ? neighbour(this.tree, this.focused, dx, dy) : this.tree.leaves[0];
+    this.tellFocused();
+  }
+
+  toggleFocused() {
+    const leaf = (this.focused ??= this.tree.leaves[0]);
+    const strength = nextStrength(leaf);
+    this.paintLeaves([leaf], strength);
+    this.say({ 0: "Kept exactly.", 1: "Redrawn fully." }[strength] ?? "Left to the tree again.");
+    this.drawTop();
+  }
+
+  tellFocused() {
+    this.say(describeLeaf(this.focused, this.tree.steps));
+    this.drawTop();
+  }
+
+  pointOf(event) {
+    // The page may show the canvas scaled, so its size there counts.
+    const shown = this.top.getBoundingClientRect();
+    const scale = this.top.clientWidth / shown.width;
+    const view = this.view();
+    return [((event.clientX - shown.left) * scale - view.left) / view.scale, ((event.clientY - shown.top) * scale - view.top) / view.scale];
+  }
+
+  leafUnder(event) {
+    return this.tree ? leafAt(this.tree, ...this.pointOf(event)) : undefined;
+  }
+
+  isClassic() {
+    return !window.LiteGraph?.vueNodesMode;
+  }
+
+  // What is shown
+
+  view() {
+    return fit(this.tree.width, this.tree.height, this.top.clientWidth, this.top.clientHeight);
+  }
+
+  show() {
+    this.line.textContent = this.error || (this.tree ? describeTree(this.tree) : HINT);
+    this.line.classList.toggle("qtd-error", Boolean(this.error));
+    this.undoButton.disabled = !this.undoTexts.length;
+    this.clearButton.disabled = !this.widget("edits")?.value || this.isWired("edits");
+    if (this.tree) this.ramp.style.background = `linear-gradient(to right, ${this.tree.palette.join(", ")})`;
+    this.element.dataset.leaves = this.tree ? String(this.tree.leaves.length) : "";
+    this.draw();
+  }
+
+  draw() {
+    const context = prepare(this.base);
+    if (context && this.tree) drawTree(context, this.view(), this.picture, this.tree);
+    this.drawTop();
+  }
+
+  drawTop() {
+    const context = prepare(this.top);
+    if (!context || !this.tree) return;
+    const view = this.view();
+    if (this.stroke) drawStroke(context, view, this.stroke.leaves, this.stroke.strength);
+    const isFocused = this.top.getRootNode().activeElement === this.top;
+    for (const leaf of [this.hovered, isFocused ? this.focused : null]) if (leaf) drawFrame(context, view, leaf);
+  }
+
+  placeTip(event) {
+    this.tip.hidden = !this.hovered;
+    if (!this.hovered) return;
+    this.tip.textContent = describeLeaf(this.hovered, this.tree.steps);
+    const shown = this.top.getBoundingClientRect();
+    const scale = this.top.clientWidth / shown.width;
+    const [x, y] = [(event.clientX - shown.left) * scale, (event.clientY - shown.top) * scale];
+    // Beside the pointer, on the side that has room.
+    this.tip.style.left = `${x < this.top.clientWidth / 2 ? x + 14 : x - 14 - this.tip.offsetWidth}px`;
+    this.tip.style.top = `${y < this.top.clientHeight / 2 ? y + 14 : y - 14 - this.tip.offsetHeight}px`;
+  }
+
+  /** Tell a screen reader, and show it while the keyboard is in use. */
+  say(text) {
+    this.live.textContent = text;
+  }
+
+  build() {
+    const id = `qtd-line-${count++}`;
+    this.element = make("div", "qtd");
+    this.stage = make("div", "qtd-stage");
+    this.base = make("canvas", "qtd-layer", { "aria-hidden": "true" });
+    this.top = make("canvas", "qtd-layer qtd-top", {
+      tabindex: "0", role: "application", "aria-roledescription": "quadtree", "aria-describedby": id,
+      "aria-label": "Leaves of the picture. Arrow keys go from leaf to leaf, Enter keeps, redraws or releases a leaf, Control Z undoes, Escape leaves.",
+    });
+    this.tip = make("div", "qtd-tip", { role: "tooltip" });
+    this.tip.hidden = true;
+    this.stage.append(this.base, this.top, this.tip);
+    this.line = make("div", "qtd-line", { id });
+    this.live = make("div", "qtd-live", { "aria-live": "polite" });
+    this.element.append(this.stage, this.buildLegend(), this.line, this.live);
+    this.listen();
+  }
+
+  buildLegend() {
+    const legend = make("div", "qtd-legend");
+    this.ramp = make("span", "qtd-ramp", { "aria-hidden": "true" });
+    this.undoButton = make("button", "qtd-button", { type: "button", title: "Take back the last thing painted" }, "Undo");
+    this.clearButton = make("button", "qtd-button", { type: "button", title: "Take back all that was painted" }, "Clear");
+    legend.append(
+      make("span", "", {}, "strength 0"), this.ramp, make("span", "", {}, "1"),
+      swatch((context) => hatch(context, [0, 0, 14, 14])), make("span", "", {}, "kept exactly"),
+      swatch((context) => drawDiamond(context, [0, 0, 14, 14])), make("span", "", {}, "painted"),
+      make("span", "qtd-gap"), this.undoButton, this.clearButton);
+    return legend;
+  }
+
+  listen() {
+    this.top.addEventListener("pointerdown", (event) => this.onPointerDown(event));
+    this.top.addEventListener("pointermove", (event) => this.onPointerMove(event));
+    this.top.addEventListener("pointerup", () => this.onPointerUp());
+    this.top.addEventListener("pointercancel", () => this.onPointerGone());
+    this.top.addEventListener("pointerleave", () => this.stroke || this.onPointerGone());
+    this.top.addEventListener("keydown", (event) => this.onKeyDown(event));
+    this.top.addEventListener("focus", () => this.drawTop());
+    this.top.addEventListener("blur", () => this.drawTop());
+    // The classic canvas lies under this element and would not hear of the wheel.
+    this.element.addEventListener("wheel", (event) => this.isClassic() && this.app.canvas.processMouseWheel(event), { passive: true });
+    this.undoButton.addEventListener("click", () => this.undo());
+    this.clearButton.addEventListener("click", () => this.setEdits(""));
+  }
+}
+
+function make(tag, className, attributes = {}, text = "") {
+  const element = document.createElement(tag);
+  element.className = className;
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.textContent = text;
+  return element;
+}
+
+function swatch(drawOn) {
+  const canvas = make("canvas", "qtd-swatch", { "aria-hidden": "true" });
+  canvas.width = canvas.height = 14;
+  drawOn(canvas.getContext("2d"));
+  return canvas;
+}

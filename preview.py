@@ -1,0 +1,212 @@
+"""What does the browser ask the server? The tree of a picture that the node has seen, for other settings.
+
+The node keeps the picture's statistics with the server, under a key that goes to the browser with the node's result;
+the browser sends the key back with the settings that its widgets show. The tree is built by quadtree.py in both cases.
+"""
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import threading
+from collections import OrderedDict
+
+import torch
+from aiohttp import web
+
+from .denoise_schedule import share_at
+from .quadtree import (
+    METRICS, VIRIDIS, CellStatistics, Quadtree, check_leaves, coarsen, edit_quadtree, grow_quadtree, measure_cells, painted_cells,
+    parse_edits, strength_colour, strength_raster)
+from .tiled_diffusion import TiledDiffusion
+from .windows import WindowCost, full_grid, plan_windows, window_sizes
+
+ROUTE = "/quadtree_tiled_diffusion/tree"
+
+# The smallest leaf that the node offers: from its statistics those of all larger ones follow.
+FINEST_PX = 8
+
+# The estimate is for this many steps and for cells and patches of this size, as in most models.
+STEPS = 20
+CELL_PX = 8
+PATCH_CELLS = 2
+
+# What the server keeps and answers at most. A picture of 4096 x 4096 px takes 15 MB.
+MOST_PICTURES = 16
+MOST_BYTES = 256 << 20
+LONGEST_REQUEST = 1 << 20
+MOST_CELLS = 1 << 18
+MOST_LEAVES = 50_000
+LARGEST_LEAF = 8192
+
+NUMBERS = ("detail_budget", "content_threshold", "min_denoise", "max_denoise")
+SIDES = ("min_leaf", "max_leaf")
+TEXTS = ("metric", "edits")
+
+
+class Pictures:
+    """Statistics of the pictures that were seen last, by a key made from them."""
+
+    def __init__(self):
+        self._kept: OrderedDict[str, CellStatistics] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def keep(self, cells: CellStatistics) -> str:
+        """Keep a picture's statistics and return its key; what was used longest ago goes when there is too much."""
+        cells = dataclasses.replace(cells, **{name: value.cpu() for name, value in vars(cells).items() if torch.is_tensor(value)})
+        key = _key(cells)
+        with self._lock:
+            self._kept[key] = cells
+            self._kept.move_to_end(key)
+            while len(self._kept) > MOST_PICTURES or sum(map(_bytes, self._kept.values())) > MOST_BYTES:
+                self._kept.popitem(last=False)
+        return key
+
+    def find(self, key: str) -> CellStatistics | None:
+        """The statistics kept under a key, or None."""
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+
+PICTURES = web.AppKey("quadtree_tiled_diffusion", Pictures)
+
+
+def running_server():
+    """The host's server, or None where the host runs without one."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
+def kept_pictures() -> Pictures | None:
+    """The running server's pictures, or None where there is none that answers for them."""
+    server = running_server()
+    return None if server is None else server.app.get(PICTURES)
+
+
+def add_route(server) -> None:
+    """Let the server keep pictures and answer for them; to be called before it starts."""
+    pictures = server.app[PICTURES] = Pictures()
+
+    @server.routes.post(ROUTE)
+    async def tree(request: web.Request) -> web.Response:
+        if request.content_length is None or request.content_length > LONGEST_REQUEST:
+            return web.json_response({"error": "The settings are too long. Make `edits` shorter or empty."}, status=413)
+        status, answer = await asyncio.to_thread(answer_to, pictures, await request.read())
+        return web.json_response(answer, status=status)
+
+
+def measure(image: torch.Tensor, min_leaf: int) -> CellStatistics:
+    """The statistics from which the tree for min_leaf, and wherever possible for any other, can be built."""
+    return measure_cells(image, FINEST_PX if min_leaf % FINEST_PX == 0 else max(min_leaf, 1))
+
+
+def tree_of(cells: CellStatistics, *, min_leaf: int, max_leaf: int, edits: str, **settings) -> Quadtree:
+    """Build the tree with the settings of QuadtreeFromImage, edits included."""
+    check_leaves(min_leaf, max_leaf)
+    if min_leaf % cells.cell_px:
+        raise ValueError(f"min_leaf: expected a multiple of {cells.cell_px}, got {min_leaf}. Run the graph to see the tree for other sizes.")
+    tree = grow_quadtree(coarsen(cells, min_leaf // cells.cell_px), max_leaf=max_leaf, **settings)
+    return edit_quadtree(tree, parse_edits(edits))
+
+
+def answer_to(pictures: Pictures, body: bytes) -> tuple[int, dict]:
+    """The HTTP status and the answer to a request, {"picture": key, settings of the node}."""
+    try:
+        given = json.loads(body)
+        settings = _checked_settings(given)
+        cells = pictures.find(given["picture"]) if isinstance(given.get("picture"), str) else None
+        if cells is None:
+            return 404, {"error": "The server no longer has this picture. Run the graph to see its tree."}
+        return 200, _answer(cells, settings)
+    except RecursionError:
+        return 400, {"error": "The request is nested too deeply."}
+    except ValueError as problem:
+        return 400, {"error": str(problem)}
+
+
+def estimated_cost(tree: Quadtree) -> float:
+    """The model's work with the patch's defaults, as a share of sampling everything."""
+    height, width = max(tree.height // CELL_PX, 1), max(tree.width // CELL_PX, 1)
+    strengths = strength_raster(tree, height, width)
+    sides = (side // CELL_PX for side in (TiledDiffusion.min_window, TiledDiffusion.max_window, TiledDiffusion.tile_overlap))
+    sizes, cost = window_sizes(*sides, PATCH_CELLS), WindowCost(PATCH_CELLS)
+    levels, costs, total = strengths.unique(), {}, 0.0
+    for step in range(STEPS):
+        active = int((share_at(TiledDiffusion.schedule, levels, step / STEPS) > 0).sum())
+        if active not in costs:
+            costs[active] = plan_windows(share_at(TiledDiffusion.schedule, strengths, step / STEPS) > 0, sizes, cost).cost
+        total += costs[active]
+    return total / (STEPS * full_grid(height, width, sizes, cost).cost)
+
+
+def describe(tree: Quadtree, painted: torch.Tensor) -> dict:
+    """The tree as JSON for the browser.
+
+    painted: from painted_cells. leaves: [left, top, side, detail, index into strengths, 1 if painted], px.
+    strengths: [strength, colour, steps in which it is sampled]. palette: colours at even steps from strength 0 to 1.
+    """
+    indices = {strength: index for index, strength in enumerate(sorted({leaf.strength for leaf in tree.leaves}))}
+    is_painted = (~painted.isnan()).tolist()
+    return {
+        "width": tree.width, "height": tree.height, "min_leaf": tree.min_leaf, "steps": STEPS,
+        "leaves": [
+            [leaf.rect.left, leaf.rect.top, leaf.side, round(leaf.detail, 1), indices[leaf.strength],
+             int(is_painted[leaf.rect.top // tree.min_leaf][leaf.rect.left // tree.min_leaf])]
+            for leaf in tree.leaves],
+        "strengths": [[round(strength, 4), _hex(strength), _steps_of(strength)] for strength in indices],
+        "palette": ["#%02x%02x%02x" % colour for colour in VIRIDIS],
+        "kept_share": tree.kept_share, "mean_strength": tree.mean_strength, "cost": estimated_cost(tree),
+    }
+
+
+def _answer(cells: CellStatistics, settings: dict) -> dict:
+    """Describe the tree, unless it is too large to be drawn."""
+    amount = math.ceil(cells.height / settings["min_leaf"]) * math.ceil(cells.width / settings["min_leaf"])
+    if amount > MOST_CELLS:
+        raise ValueError(f"{amount} leaves of {settings['min_leaf']} px are too many to be drawn here. The run itself is not affected.")
+    tree = tree_of(cells, **settings)
+    if len(tree.leaves) > MOST_LEAVES:
+        raise ValueError(f"{len(tree.leaves)} leaves are too many to be drawn here, where at most {MOST_LEAVES} are. The run itself is not affected.")
+    return describe(tree, painted_cells(tree, parse_edits(settings["edits"])))
+
+
+def _checked_settings(given) -> dict:
+    """The node's settings in a request. Raises ValueError unless each has its type; quadtree.py checks their ranges."""
+    if not isinstance(given, dict):
+        raise ValueError("expected the settings of the node.")
+    for names, kinds, kind in ((NUMBERS, (int, float), "a finite number"), (SIDES, (int,), "a whole number"), (TEXTS, (str,), "a text")):
+        for name in names:
+            value = given.get(name)
+            if type(value) not in kinds or (type(value) is float and not math.isfinite(value)):
+                raise ValueError(f"{name}: expected {kind}, got {str(value)[:80]!r}.")
+    settings = {name: given[name] for name in NUMBERS + SIDES + TEXTS}
+    if settings["min_leaf"] < FINEST_PX or settings["max_leaf"] > LARGEST_LEAF:
+        raise ValueError(f"min_leaf and max_leaf: expected {FINEST_PX} to {LARGEST_LEAF} px, got {settings['min_leaf']} and {settings['max_leaf']}.")
+    if settings["metric"] not in METRICS:
+        raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {settings['metric'][:80]!r}.")
+    return settings
+
+
+def _key(cells: CellStatistics) -> str:
+    found = hashlib.sha256(f"{cells.height} {cells.width} {cells.cell_px}".encode())
+    for values in (cells.sums, cells.squares):
+        found.update(values.contiguous().numpy())
+    return found.hexdigest()
+
+
+def _bytes(cells: CellStatistics) -> int:
+    return sum(value.numel() * value.element_size() for value in vars(cells).values() if torch.is_tensor(value))
+
+
+def _hex(strength: float) -> str:
+    return "#%02x%02x%02x" % tuple((strength_colour(torch.tensor(strength)) * 255).round().int().tolist())
+
+
+def _steps_of(strength: float) -> int:
+    """In how many of the steps a leaf of this strength is sampled."""
+    value = torch.tensor(strength)
+    return sum(bool(share_at(TiledDiffusion.schedule, value, step / STEPS) > 0) for step in range(STEPS))

@@ -205,7 +205,9 @@ class EchoNetwork(torch.nn.Module):
 class EchoAdapter(torch.nn.Module):
     """A T2I adapter whose only feature is its hint, the pixels of a cell as channels."""
 
-    unshuffle_amount = 8
+    def __init__(self, unshuffle_amount: int = 8):
+        super().__init__()
+        self.unshuffle_amount = unshuffle_amount
 
     def forward(self, hint) -> dict:
         return {"input": [pixel_unshuffle(hint, 8)]}
@@ -230,8 +232,8 @@ def echo_control(**options) -> comfy.controlnet.ControlNet:
     return comfy.controlnet.ControlNet(EchoNetwork(), load_device=CPU, **options)
 
 
-def echo_adapter(channels_in: int = 3) -> comfy.controlnet.T2IAdapter:
-    return comfy.controlnet.T2IAdapter(EchoAdapter(), channels_in, 8, "nearest-exact", CPU)
+def echo_adapter(channels_in: int = 3, unshuffle_amount: int = 8) -> comfy.controlnet.T2IAdapter:
+    return comfy.controlnet.T2IAdapter(EchoAdapter(unshuffle_amount), channels_in, 8, "nearest-exact", CPU)
 
 
 def spread(cells: torch.Tensor, channels: int) -> torch.Tensor:
@@ -242,7 +244,8 @@ def spread(cells: torch.Tensor, channels: int) -> torch.Tensor:
 def in_cells(hint: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A hint in the shape of a latent: where it has several px per cell, those of a cell become its channels."""
     ratio = hint.shape[-1] // like.shape[-1]
-    return spread(pixel_unshuffle(hint, ratio) if ratio > 1 else hint, like.shape[1]).expand_as(like)
+    cells = spread(pixel_unshuffle(hint, ratio) if ratio > 1 else hint, like.shape[1])
+    return cells[..., :like.shape[-2], :like.shape[-1]].expand_as(like)
 
 
 def echoed(call: Call) -> torch.Tensor:

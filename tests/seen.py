@@ -1,0 +1,57 @@
+"""What a model sees, of the whole picture and window by window."""
+from __future__ import annotations
+
+import comfy.sample
+import comfy.samplers
+import pytest
+import torch
+from sampling import even_tree
+from tiny_models import Call, TinyModel, drawer, with_prediction
+
+from qtd_pack.tiled_diffusion import TiledDiffusion
+
+# Not a multiple of any window, in cells of 8 px 51 x 67: the last windows are moved inside, by an odd number of cells.
+HEIGHT_PX, WIDTH_PX = 408, 536
+
+# One window at a time, a few, and as many as there are of one shape; with and without overlap.
+every_batching = pytest.mark.parametrize("tiling", [
+    dict(tile_batch_size=1), dict(tile_batch_size=3), dict(), dict(method="SpotDiffusion", tile_batch_size=2),
+], ids=["1 window", "3 windows", "all windows", "without overlap"])
+
+
+def denoised(patcher, latent: torch.Tensor, positive: list, negative: list | None = None, *, cfg: float = 1.0, percents=(0.3, 0.6), noise=None) -> torch.Tensor:
+    """The denoised values of a sampling run at these places of the schedule, one after another, in the model's own scale."""
+    seen = []
+    sampling = patcher.get_model_object("model_sampling")
+    sigmas = torch.tensor([*(float(sampling.percent_to_sigma(percent)) for percent in percents), 0.0])
+    comfy.sample.sample_custom(
+        patcher, drawer(5)(*latent.shape) if noise is None else noise, cfg, comfy.samplers.sampler_object("euler"), sigmas, positive,
+        negative or positive, latent, callback=lambda step, value, x, steps: seen.append(value.clone()), disable_pbar=True)
+    return torch.stack(seen)
+
+
+def tiled(patcher, height_px: int = HEIGHT_PX, width_px: int = WIDTH_PX, **settings):
+    """The patcher in windows of about 128 px, everything redrawn."""
+    settings = {"min_window": 128, "max_window": 128, "tile_overlap": 24} | settings
+    return TiledDiffusion(even_tree(1.0, height_px, width_px), **settings).patched(patcher)
+
+
+def assert_windows_see_their_part(model: TinyModel, predict, positive: list, negative: list | None = None, *, tiling, latent=None, cfg=1.0, patcher=None, **options) -> None:
+    """With a model that gives back what it was given, windows add up to what the whole is given.
+
+    Where windows overlap all of them have to agree, for their weighted sum to be right everywhere.
+    """
+    latent = model.latent(HEIGHT_PX, WIDTH_PX) if latent is None else latent
+    rows = []
+
+    def counted(call: Call) -> torch.Tensor:
+        rows.append(tuple(call.x.shape))
+        return predict(call)
+
+    size = [length * model.cell_px for length in latent.shape[-2:]]
+    patcher = patcher or model.patcher
+    whole = denoised(with_prediction(patcher, predict), latent, positive, negative, cfg=cfg, **options)
+    parts = denoised(with_prediction(tiled(patcher, *size, **tiling), counted), latent, positive, negative, cfg=cfg, **options)
+    assert len({shape[-2:] for shape in rows} - {tuple(latent.shape[-2:])}) > 0, "one window saw everything"
+    assert whole.std() > 0.05, "there is nothing to see"
+    assert (parts - whole).abs().max() < 1e-5

@@ -1,7 +1,7 @@
 """What does the user wire? Six nodes; each is a schema and a call."""
 from __future__ import annotations
 
-from comfy_api.latest import ComfyExtension, io, ui
+from comfy_api.latest import ComfyAPI, ComfyExtension, io, ui
 
 import comfy.utils
 
@@ -51,6 +51,14 @@ class QuadtreeFromImage(io.ComfyNode):
             # Without it the host sends nothing to a browser that reloads while the node's result is cached.
             has_intermediate_output=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, edits="") -> bool | str:
+        try:
+            trees.parse_edits(edits)
+        except ValueError as problem:
+            return str(problem)
+        return True
 
     @classmethod
     def execute(cls, image, edits="", **settings) -> io.NodeOutput:
@@ -155,11 +163,13 @@ class QuadtreeTiledDiffusion(io.ComfyNode):
                 io.Sigmas.Input("sigmas", optional=True, tooltip="For sampling that is split over several samplers: the whole schedule, before the split."),
             ],
             outputs=[io.Model.Output("model", tooltip="The patched model, for any sampler node.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, quadtree, original=None, **settings) -> io.NodeOutput:
-        return io.NodeOutput(TiledDiffusion(quadtree, original=None if original is None else original["samples"], **settings).patched(model))
+        tell = preview.teller(cls.hidden.unique_id) if cls.hidden else None
+        return io.NodeOutput(TiledDiffusion(quadtree, original=None if original is None else original["samples"], tell=tell, **settings).patched(model))
 
 
 class QuadtreeComposite(io.ComfyNode):
@@ -182,11 +192,38 @@ class QuadtreeComposite(io.ComfyNode):
         return io.NodeOutput(trees.composite(original, image, quadtree, feather=feather))
 
 
+def _of_predecessor() -> list[io.NodeReplace]:
+    """The nodes of comfyui-quadtree-tile and what takes their place.
+
+    Its sizes of tiles have no counterpart: there a leaf was a window. Its skipping went by size, ours by strength.
+    """
+    tree = {"detail_budget": 0.0, "min_leaf": 64, "max_leaf": 1024, "metric": "variance"}
+    patch = {
+        "schedule": SCHEDULES[0], "tile_batch_size": 0, "skip_diffusion_below": 0.0, "min_window": 512, "max_window": 1024,
+        "shift_method": SHIFTS[0], "seed": 0,
+    }
+    return [
+        io.NodeReplace(
+            "QuadtreeFromImage", "QuadtreeVisualizer", ["content_threshold", "min_tile_size", "min_denoise", "max_denoise", "line_thickness"],
+            _mapping(("image", "content_threshold", "min_denoise", "max_denoise"), tree), [{"new_idx": 1, "old_idx": 0}, {"new_idx": 0, "old_idx": 1}]),
+        io.NodeReplace(
+            "QuadtreeTiledDiffusion", "QuadtreeDiffusion", ["method", "enable_overlap", "tile_overlap", "tile_batch_size", "skip_diffusion_below"],
+            _mapping(("model", "quadtree", "method", "tile_overlap"), patch), [{"new_idx": 0, "old_idx": 0}]),
+    ]
+
+
+def _mapping(same: tuple[str, ...], values: dict) -> list[dict]:
+    """Inputs that keep their name and value, and inputs that are new."""
+    return [{"new_id": name, "old_id": name} for name in same] + [{"new_id": name, "set_value": value} for name, value in values.items()]
+
+
 class QuadtreeExtension(ComfyExtension):
     async def on_load(self) -> None:
         server = preview.running_server()
         if server is not None:
             preview.add_route(server)
+            for replacement in _of_predecessor():
+                await ComfyAPI().node_replacement.register(replacement)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [QuadtreeFromImage, QuadtreeFromMask, QuadtreeAdjust, QuadtreeToMask, QuadtreeTiledDiffusion, QuadtreeComposite]

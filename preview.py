@@ -1,4 +1,4 @@
-"""What does the browser ask the server? The tree of a picture that the node has seen, for other settings.
+"""What do the browser and the server say to each other? The tree of a picture that a node has seen, for other settings.
 
 The node keeps the picture's statistics with the server, under a key that goes to the browser with the node's result;
 the browser sends the key back with the settings that its widgets show. The tree is built by quadtree.py in both cases.
@@ -13,6 +13,7 @@ import math
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from aiohttp import web
@@ -25,6 +26,7 @@ from .tiled_diffusion import TiledDiffusion
 from .windows import WindowCost, full_grid, plan_windows, window_sizes
 
 ROUTE = "/quadtree_tiled_diffusion/tree"
+EVENT = "quadtree_tiled_diffusion.run"
 
 # The smallest leaf that the node offers: from its statistics those of all larger ones follow.
 FINEST_PX = 8
@@ -97,6 +99,20 @@ def add_route(server) -> None:
             return web.json_response({"error": "The settings are too long. Make `edits` shorter or empty."}, status=413)
         status, answer = await asyncio.to_thread(answer_to, pictures, await request.read())
         return web.json_response(answer, status=status)
+
+
+def teller(node_id: str) -> Callable[[str], None] | None:
+    """What shows a line on a node, in the browser that queued the graph; None where there is no server.
+
+    The host's own progress text would vanish at the end of the run, in newer frontends.
+    """
+    server = running_server()
+
+    def tell(line: str) -> None:
+        if server.client_id is not None:
+            server.send_sync(EVENT, {"node": node_id, "text": line}, server.client_id)
+
+    return None if server is None else tell
 
 
 def measure(image: torch.Tensor, min_leaf: int) -> CellStatistics:

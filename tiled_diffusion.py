@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +36,9 @@ KEY = "quadtree_tiled_diffusion"
 # More windows at once fill no accelerator better, and a cancelled run would wait for all of them.
 LARGEST_BATCH = 16
 
+# Between two lines on the node, in seconds.
+TELL_EVERY = 0.5
+
 log = logging.getLogger(__name__)
 
 
@@ -42,6 +47,7 @@ class TiledDiffusion:
     """What the user chose. Sizes are pixels of the picture that is sampled; tile_batch_size 0 is as memory allows.
 
     original, sigmas: the clean latent, as the host's nodes pass it, and the whole schedule, for a stage of several.
+    tell: is given lines for the user, how far a step is and in the end what the run did.
     """
 
     tree: Quadtree
@@ -56,6 +62,7 @@ class TiledDiffusion:
     seed: int = 0
     original: torch.Tensor | None = None
     sigmas: torch.Tensor | None = None
+    tell: Callable[[str], None] | None = None
 
     def __post_init__(self):
         for name, value, allowed in (("method", self.method, METHODS), ("schedule", self.schedule, SCHEDULES), ("shift_method", self.shift_method, SHIFTS)):
@@ -121,6 +128,7 @@ class Run:
         self.batch_limit = settings.tile_batch_size or LARGEST_BATCH
         self.calls = self.windows = self.grid_windows = 0
         self.cost = self.grid_cost = 0.0
+        self.told = time.monotonic()
 
     def begin(self, model, conds, sigmas, noise, latent) -> None:
         """Learn what this run is about: the original, the strengths, the schedule and the windows' sizes."""
@@ -194,13 +202,24 @@ class Run:
         return torch.where(self.strengths.to(samples.device) == 0, comfy.utils.repeat_to_batch_size(original.to(samples), samples.shape[0]), samples)
 
     def report(self) -> None:
-        """The run's one line in the log."""
+        """The run's one line, in the log and on the node."""
         if not self.calls:
             return
         kept = float((self.strengths == 0).double().mean()) if self.original is not None else 0.0
-        log.info(
-            "%d of %d windows over %d steps, %.2f of the full cost; %.0f %% of the picture kept exactly",
-            self.windows, self.grid_windows, len(self.schedule) - 1, self.cost / self.grid_cost, 100 * kept)
+        line = (
+            f"{self.windows} of {self.grid_windows} windows over {len(self.schedule) - 1} steps, {self.cost / self.grid_cost:.2f} of the full cost; "
+            f"{100 * kept:.0f} % of the picture kept exactly")
+        log.info(line)
+        if self.settings.tell is not None:
+            self.settings.tell(line)
+
+    def tell_windows(self, progress: float, done: int, amount: int) -> None:
+        """Tell how far a step is, now and then; a step that takes no time is not worth a line."""
+        if self.settings.tell is None or time.monotonic() < self.told + TELL_EVERY:
+            return
+        self.told = time.monotonic()
+        steps = len(self.schedule) - 1
+        self.settings.tell(f"step {min(int(progress * steps + 1e-5) + 1, steps)} of {steps}: {done} of {amount} windows")
 
 
 def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs):
@@ -268,6 +287,7 @@ def _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, ble
             if cond is not None:
                 for window, part in zip(group, result.chunk(len(group))):
                     total[slices(window.rect)].addcmul_(part, blend.weight_of(window, part))
+        run.tell_windows(run.progress(sigma), len(plan.windows) - sum(map(len, pending)), len(plan.windows))
     return totals
 
 

@@ -147,7 +147,8 @@ export class Overlay {
   onPointerMove(event) {
     this.hovered = this.leafUnder(event) ?? null;
     if (this.stroke) this.addToStroke(this.pointOf(event));
-    this.placeTip(event);
+    const [x, y] = this.placeOf(event);
+    this.showTip(this.hovered, x, y);
     this.drawTop();
   }
 
@@ -171,7 +172,7 @@ export class Overlay {
 
   onPointerGone() {
     this.hovered = this.stroke = null;
-    this.tip.hidden = true;
+    this.showTip(null);
     this.drawTop();
   }
 
@@ -202,16 +203,26 @@ export class Overlay {
   }
 
   tellFocused() {
-    this.say(describeLeaf(this.focused, this.tree.steps));
+    const { left, top, scale } = this.view();
+    const { focused } = this;
+    this.say(describeLeaf(focused, this.tree.steps));
+    this.showTip(focused, left + (focused.left + focused.width / 2) * scale, top + (focused.top + focused.height / 2) * scale);
     this.drawTop();
   }
 
-  pointOf(event) {
+  /** Where the pointer is on the canvas, in its CSS pixels. */
+  placeOf(event) {
     // The page may show the canvas scaled, so its size there counts.
     const shown = this.top.getBoundingClientRect();
     const scale = this.top.clientWidth / shown.width;
-    const view = this.view();
-    return [((event.clientX - shown.left) * scale - view.left) / view.scale, ((event.clientY - shown.top) * scale - view.top) / view.scale];
+    return [(event.clientX - shown.left) * scale, (event.clientY - shown.top) * scale];
+  }
+
+  /** Where the pointer is on the picture, in its pixels. */
+  pointOf(event) {
+    const [x, y] = this.placeOf(event);
+    const { left, top, scale } = this.view();
+    return [(x - left) / scale, (y - top) / scale];
   }
 
   leafUnder(event) {
@@ -253,19 +264,17 @@ export class Overlay {
     for (const leaf of [this.hovered, isFocused ? this.focused : null]) if (leaf) drawFrame(context, view, leaf);
   }
 
-  placeTip(event) {
-    this.tip.hidden = !this.hovered;
-    if (!this.hovered) return;
-    this.tip.textContent = describeLeaf(this.hovered, this.tree.steps);
-    const shown = this.top.getBoundingClientRect();
-    const scale = this.top.clientWidth / shown.width;
-    const [x, y] = [(event.clientX - shown.left) * scale, (event.clientY - shown.top) * scale];
-    // Beside the pointer, on the side that has room.
+  /** Tell of a leaf, or of none, beside a place on the canvas. */
+  showTip(leaf, x, y) {
+    this.tip.hidden = !leaf;
+    if (!leaf) return;
+    this.tip.textContent = describeLeaf(leaf, this.tree.steps);
+    // On the side that has room.
     this.tip.style.left = `${x < this.top.clientWidth / 2 ? x + 14 : x - 14 - this.tip.offsetWidth}px`;
     this.tip.style.top = `${y < this.top.clientHeight / 2 ? y + 14 : y - 14 - this.tip.offsetHeight}px`;
   }
 
-  /** Tell a screen reader, and show it while the keyboard is in use. */
+  /** Tell a screen reader. */
   say(text) {
     this.live.textContent = text;
   }
@@ -309,7 +318,7 @@ export class Overlay {
     this.top.addEventListener("pointerleave", () => this.stroke || this.onPointerGone());
     this.top.addEventListener("keydown", (event) => this.onKeyDown(event));
     this.top.addEventListener("focus", () => this.drawTop());
-    this.top.addEventListener("blur", () => this.drawTop());
+    this.top.addEventListener("blur", () => this.onPointerGone());
     // The classic canvas lies under this element and would not hear of the wheel.
     this.element.addEventListener("wheel", (event) => this.isClassic() && this.app.canvas.processMouseWheel(event), { passive: true });
     this.undoButton.addEventListener("click", () => this.undo());

@@ -2,11 +2,15 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { Overlay } from "./overlay.mjs";
+import { addRunLine } from "./runline.mjs";
 
-const NODE = "QuadtreeFromImage";
+const TREE_NODE = "QuadtreeFromImage";
+const PATCH_NODE = "QuadtreeTiledDiffusion";
 const RESULT = "qtd_tree";
+const RUN_EVENT = "quadtree_tiled_diffusion.run";
 
 const overlays = new WeakMap();
+const runLines = new WeakMap();
 
 function addOverlay(node) {
   const overlay = new Overlay({ node, api, app });
@@ -46,6 +50,14 @@ function resultKey(node) {
   return node.graph === app.rootGraph ? String(node.id) : `${node.graph.id}:${node.id}`;
 }
 
+/** The node that a run names: its id, after those of the subgraphs around it. */
+function nodeOfRun(id) {
+  const path = String(id).split(":");
+  let graph = app.rootGraph;
+  for (const part of path.slice(0, -1)) graph = graph?.getNodeById(part)?.subgraph;
+  return graph?.getNodeById(path.at(-1));
+}
+
 function addStyle() {
   const link = document.createElement("link");
   link.rel = "stylesheet";
@@ -56,8 +68,15 @@ function addStyle() {
 app.registerExtension({
   name: "quadtreetileddiffusion.overlay",
   init: addStyle,
+  setup() {
+    api.addEventListener(RUN_EVENT, ({ detail }) => {
+      const node = nodeOfRun(detail.node);
+      if (node) runLines.get(node)?.(detail.text);
+    });
+  },
   nodeCreated(node) {
-    if (node.constructor.comfyClass === NODE) addOverlay(node);
+    if (node.constructor.comfyClass === TREE_NODE) addOverlay(node);
+    if (node.constructor.comfyClass === PATCH_NODE) runLines.set(node, addRunLine(node));
   },
   // The results of a workflow whose tab is shown again.
   onNodeOutputsUpdated(results) {

@@ -20,6 +20,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 BROWSER_ARGUMENTS = (
     "--no-sandbox", "--use-gl=swiftshader", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--no-first-run")
+RENDERERS = ("classic", "nodes2", "newer-classic", "newer-nodes2")
 PICTURE = "coffee.png"
 SCREENSHOTS = "QTD_SCREENSHOTS"
 WAIT_MS = 30_000
@@ -65,11 +66,11 @@ def fetch_frontend(run, folder: Path) -> None:
 
 @dataclass
 class Frontend:
-    """One page of one server. problems: errors that the page wrote to its console."""
+    """One page of one server. name: as in RENDERERS. problems: errors that the page wrote to its console."""
 
     server: object
     page: object
-    renderer: str
+    name: str
     problems: list[str] = field(default_factory=list)
 
     def open(self, query: str = "") -> None:
@@ -133,7 +134,7 @@ class Frontend:
         folder = os.environ.get(SCREENSHOTS)
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            self.page.screenshot(path=f"{folder}/{name}.png")
+            self.page.screenshot(path=f"{folder}/{name}-{self.name}.png")
 
 
 @pytest.fixture(scope="session")
@@ -159,15 +160,15 @@ def newer_server(comfyui_dir, tmp_path_factory):
 
 
 @contextlib.contextmanager
-def opened(browser, server, renderer: str):
-    """A page of that server, with the classic canvas or with Nodes 2.0, in a browser profile of its own."""
+def opened(browser, server, name: str):
+    """A page of that server, with the renderer that the name ends with, in a browser profile of its own."""
     # LoadImage takes the first picture there is; the page complains of none.
     Image.fromarray(skimage.data.coffee()).save(server.base / "input" / PICTURE)
-    server.post("/settings", {"Comfy.VueNodes.Enabled": renderer == "nodes2", "Comfy.TutorialCompleted": True})
+    server.post("/settings", {"Comfy.VueNodes.Enabled": name.endswith("nodes2"), "Comfy.TutorialCompleted": True})
     context = browser.new_context(viewport={"width": 1400, "height": 1000})
     page = context.new_page()
     page.set_default_timeout(WAIT_MS)
-    frontend = Frontend(server, page, renderer)
+    frontend = Frontend(server, page, name)
     page.on("console", lambda message: frontend.problems.append(f"{message.text} ({message.location.get('url')})") if message.type == "error" else None)
     page.on("pageerror", lambda error: frontend.problems.append(str(error)))
     frontend.open()
@@ -175,11 +176,11 @@ def opened(browser, server, renderer: str):
     context.close()
 
 
-@pytest.fixture(scope="session", params=["classic", "nodes2", "newer-classic", "newer-nodes2"])
+@pytest.fixture(scope="session", params=RENDERERS)
 def shared_frontend(request, browser):
     """One page per renderer and frontend, shared by all tests that ask for it."""
     server = request.getfixturevalue("newer_server" if request.param.startswith("newer") else "server")
-    with opened(browser, server, request.param.rpartition("-")[2]) as frontend:
+    with opened(browser, server, request.param) as frontend:
         yield frontend
 
 

@@ -1,28 +1,219 @@
 """The tree on the node in real browsers: it shows what the server built, follows the dial, and can be painted on."""
 from __future__ import annotations
 
+import io
+import json
+
 import pytest
-from browser_tools import PICTURE
+import skimage.data
+from browser_tools import PICTURE, opened
+from conftest import host_server
+from PIL import Image
+
+SETTINGS = {
+    "detail_budget": 0.4, "content_threshold": 25.0, "min_leaf": 64, "max_leaf": 1024, "min_denoise": 0.0, "max_denoise": 1.0,
+    "metric": "variance", "edits": ""}
+SOME = pytest.mark.parametrize("shared_frontend", ["classic", "newer-nodes2"], indirect=True)
 
 
 @pytest.fixture
 def tree_node(frontend):
-    """A graph that loads a photo and builds its tree; the id of the node that builds it."""
+    """A graph that loads a photo of 600 x 400 px and builds its tree; the id of the node that builds it."""
+    return build_graph(frontend)
+
+
+def build_graph(frontend) -> str:
     load, tree, mask, show = (frontend.add(name, place) for name, place in (
-        ("LoadImage", (0, 0)), ("QuadtreeFromImage", (350, 0)), ("QuadtreeToMask", (800, 0)), ("MaskPreview", (800, 300))))
+        ("LoadImage", (0, 0)), ("QuadtreeFromImage", (350, 0)), ("QuadtreeToMask", (800, 300)), ("MaskPreview", (800, 500))))
     frontend.set_value(load, "image", PICTURE)
+    frontend.set_value(tree, "max_leaf", 256)
     frontend.link(load, 0, tree, "image")
     frontend.link(tree, 0, mask, "quadtree")
     frontend.link(mask, 0, show, "mask")
     return tree
 
 
+def run_and_show(frontend, tree_node) -> dict:
+    """Run the graph and wait for the overlay; what the node sent to the page."""
+    sent = frontend.run()[tree_node]["qtd_tree"][0]
+    wait_for_leaves(frontend, sent["leaves"])
+    return sent
+
+
 def wait_for_leaves(frontend, amount: int) -> None:
-    frontend.page.wait_for_selector(f".qtd[data-leaves='{amount}']")
+    frontend.page.wait_for_selector(f".qtd[data-leaves='{amount}']", state="attached")
+
+
+def leaves_on_server(frontend, sent: dict, **changes) -> int:
+    """How many leaves the tree of a picture has with other settings, by the server's word."""
+    settings = {**SETTINGS, **sent["settings"], **changes}
+    return len(frontend.server.post("/quadtree_tiled_diffusion/tree", {"picture": sent["picture"], **settings})["leaves"])
+
+
+def point_on_page(frontend, x: float, y: float) -> tuple[float, float]:
+    """Where a pixel of the 600 x 400 picture lies on the page."""
+    box = frontend.page.locator(".qtd-top").bounding_box()
+    scale = min(box["width"] / 600, box["height"] / 400)
+    return box["x"] + box["width"] / 2 + (x - 300) * scale, box["y"] + box["height"] / 2 + (y - 200) * scale
+
+
+def touch(frontend, x: float, y: float) -> None:
+    frontend.page.mouse.click(*point_on_page(frontend, x, y))
+
+
+def painted(frontend, tree_node) -> list:
+    text = frontend.value(tree_node, "edits")
+    return json.loads(text)["squares"] if text else []
+
+
+def wait_for_painted(frontend, tree_node, amount: int) -> list:
+    frontend.page.wait_for_function(
+        """([id, amount]) => { const text = app.graph.getNodeById(id).widgets.find(w => w.name === 'edits').value;
+        return (text ? JSON.parse(text).squares.length : 0) === amount }""", arg=[tree_node, amount])
+    return painted(frontend, tree_node)
+
+
+def mask_pixel(frontend, outputs: dict, x: int, y: int) -> int:
+    """The strength, 0..255, that the run's mask has at a pixel."""
+    file = next(output["images"][0] for output in outputs.values() if "images" in output)
+    picture = frontend.server.get_bytes(f"/view?filename={file['filename']}&subfolder={file['subfolder']}&type={file['type']}")
+    return Image.open(io.BytesIO(picture)).convert("L").getpixel((x, y))
+
+
+def line(frontend) -> str:
+    return frontend.page.locator(".qtd-line").inner_text()
 
 
 def test_after_a_run_the_overlay_shows_as_many_leaves_as_the_server_says(frontend, tree_node):
-    outputs = frontend.run()
-    wait_for_leaves(frontend, outputs[tree_node]["qtd_tree"][0]["leaves"])
-    frontend.page.wait_for_timeout(1000)
-    frontend.shot(f"first-{frontend.renderer}-{frontend.page.evaluate('window.__COMFYUI_FRONTEND_VERSION__')}")
+    assert "Run the graph once" in line(frontend)
+    sent = run_and_show(frontend, tree_node)
+    assert line(frontend).startswith(f"{sent['leaves']} leaves, ")
+    assert "DEPRECATION" not in frontend.server.log()
+    frontend.page.wait_for_timeout(500)
+    frontend.shot("tree")
+
+
+def test_turning_a_setting_redraws_without_a_run(frontend, tree_node):
+    sent = run_and_show(frontend, tree_node)
+    for change in ({"detail_budget": 0.9}, {"min_leaf": 32}, {"metric": "gradient"}, {"min_denoise": 0.5}):
+        for name, value in change.items():
+            frontend.set_value(tree_node, name, value)
+        sent["settings"].update(change)
+        wait_for_leaves(frontend, leaves_on_server(frontend, sent))
+    assert frontend.run()[tree_node]["qtd_tree"][0]["leaves"] == leaves_on_server(frontend, sent)
+
+
+def test_a_painted_leaf_survives_save_reload_and_conversion_and_changes_the_result(frontend, tree_node):
+    run_and_show(frontend, tree_node)
+    strength = mask_pixel(frontend, frontend.run(), 300, 100)
+    assert strength > 0
+    touch(frontend, 300, 100)
+    (square,) = wait_for_painted(frontend, tree_node, 1)
+    left, top, side, amount = square
+    assert left <= 300 < left + side and top <= 100 < top + side and amount == 0
+    saved = frontend.workflow()
+    frontend.open()
+    frontend.problems.clear()
+    frontend.load(saved)
+    assert painted(frontend, tree_node) == [square]
+    assert json.loads(frontend.prompt()[tree_node]["inputs"]["edits"]) == {"size": [600, 400], "squares": [square]}
+    assert mask_pixel(frontend, frontend.run(), 300, 100) == 0
+
+
+def test_touching_a_leaf_keeps_then_redraws_then_releases_it(frontend, tree_node):
+    run_and_show(frontend, tree_node)
+    for strengths in ([0], [1], []):
+        touch(frontend, 40, 40)
+        assert [square[3] for square in wait_for_painted(frontend, tree_node, len(strengths))] == strengths
+        frontend.page.wait_for_timeout(150)
+
+
+def test_dragging_paints_and_undo_takes_the_stroke_back(frontend, tree_node):
+    frontend.set_value(tree_node, "detail_budget", 1.0)
+    run_and_show(frontend, tree_node)
+    mouse = frontend.page.mouse
+    mouse.move(*point_on_page(frontend, 20, 20))
+    mouse.down()
+    mouse.move(*point_on_page(frontend, 250, 20))
+    mouse.up()
+    assert [square[3] for square in wait_for_painted(frontend, tree_node, 4)] == [0, 0, 0, 0]
+    frontend.page.wait_for_timeout(300)
+    frontend.shot("painted")
+    frontend.page.locator(".qtd-top").focus()
+    frontend.page.keyboard.press("Control+z")
+    assert frontend.value(tree_node, "edits") == ""
+
+
+def test_the_keyboard_reaches_every_leaf(frontend, tree_node):
+    frontend.set_value(tree_node, "detail_budget", 1.0)
+    run_and_show(frontend, tree_node)
+    keys = frontend.page.keyboard
+    frontend.page.locator(".qtd-top").focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown", "Enter"):
+        keys.press(key)
+    assert wait_for_painted(frontend, tree_node, 1) == [[64, 64, 64, 0]]
+    assert frontend.page.locator(".qtd-live").text_content() == "Kept exactly."
+    keys.press("Escape")
+    assert frontend.page.evaluate("document.activeElement.className").find("qtd-top") == -1
+    frontend.page.get_by_role("button", name="Clear", exact=True).click()
+    assert frontend.value(tree_node, "edits") == ""
+
+
+def test_widget_values_stay_in_place_after_a_reload(frontend, tree_node):
+    values = {**SETTINGS, "detail_budget": 0.33, "min_leaf": 32, "max_leaf": 512, "max_denoise": 0.8, "metric": "combined"}
+    for name, value in values.items():
+        frontend.set_value(tree_node, name, value)
+    saved = frontend.workflow()
+    assert next(node for node in saved["nodes"] if str(node["id"]) == tree_node)["widgets_values"] == list(values.values())
+    frontend.load(saved)
+    assert {name: frontend.value(tree_node, name) for name in values} == values
+
+
+@SOME
+def test_edits_that_are_not_edits_are_named_on_the_node_and_refused(frontend, tree_node):
+    run_and_show(frontend, tree_node)
+    frontend.set_value(tree_node, "edits", "<img src=x onerror=alert(1)>")
+    frontend.page.wait_for_selector(".qtd-error")
+    assert line(frontend).startswith("edits: expected nothing, or")
+    with pytest.raises(host_server.HostError, match="edits: expected nothing, or"):
+        frontend.server.run_graph(frontend.prompt())
+    frontend.page.get_by_role("button", name="Clear", exact=True).click()
+    frontend.page.wait_for_selector(".qtd-line:not(.qtd-error)")
+    frontend.problems.clear()  # Chromium writes refused requests to the console
+
+
+@SOME
+def test_a_picture_of_another_aspect_than_the_edits_is_refused_with_the_way_out(frontend, tree_node):
+    Image.fromarray(skimage.data.astronaut()).save(frontend.server.base / "input" / "astronaut.png")
+    run_and_show(frontend, tree_node)
+    touch(frontend, 300, 100)
+    wait_for_painted(frontend, tree_node, 1)
+    graph = frontend.prompt()
+    next(node for node in graph.values() if node["class_type"] == "LoadImage")["inputs"]["image"] = "astronaut.png"
+    with pytest.raises(host_server.HostError, match="edits: painted on a picture of 600 x 400, but this one is 512 x 512.*Make `edits` empty"):
+        frontend.server.run_graph(graph)
+
+
+@SOME
+def test_a_second_tab_has_its_own_tree(frontend, tree_node, browser):
+    sent = run_and_show(frontend, tree_node)
+    with opened(browser, frontend.server, frontend.name) as second:
+        other_node = build_graph(second)
+        assert "Run the graph once" in line(second)
+        Image.fromarray(skimage.data.astronaut()).save(frontend.server.base / "input" / "astronaut.png")
+        second.set_value(second.page.evaluate("() => String(app.graph.nodes.find(node => node.type === 'LoadImage').id)"), "image", "astronaut.png")
+        other = run_and_show(second, other_node)
+        assert other["picture"] != sent["picture"]
+        frontend.set_value(tree_node, "detail_budget", 0.8)
+        wait_for_leaves(frontend, leaves_on_server(frontend, sent, detail_budget=0.8))
+        wait_for_leaves(second, other["leaves"])
+
+
+@SOME
+def test_a_node_removed_while_it_asks_leaves_nothing_behind(frontend, tree_node):
+    run_and_show(frontend, tree_node)
+    frontend.page.evaluate(
+        """id => { const node = app.graph.getNodeById(id); const dial = node.widgets.find(w => w.name === 'detail_budget');
+        dial.value = 0.7; dial.callback(0.7); setTimeout(() => app.graph.remove(node), 35) }""", tree_node)
+    frontend.page.wait_for_timeout(500)
+    assert frontend.page.locator(".qtd").count() == 0

@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import comfy.latent_formats
+import echo_patches
 import pytest
 import tiny_controls as controls
 import torch
 from comfy_extras.nodes_controlnet import ControlNetInpaintingAliMamaApply
+from comfy_extras.nodes_model_patch import QwenImageDiffsynthControlnet, ZImageFunControlnet
 from nodes import ConditioningSetArea, ConditioningSetMask, ControlNetApply, ControlNetApplyAdvanced
 from seen import HEIGHT_PX, WIDTH_PX, assert_windows_see_their_part, denoised, every_batching, tiled
 from tiny_controls import EchoVAE, echo_adapter, echo_control, echoed, picture
@@ -268,4 +270,81 @@ def test_a_window_is_what_the_host_makes_of_that_part_alone(kind, windows):
     for top, left in ((0, 0), (0, 16), (16, 0), (16, 16)):
         cells, px = (..., slice(top, top + 16), slice(left, left + 16)), (slice(None), slice(8 * top, 8 * top + 128), slice(8 * left, 8 * left + 128))
         alone = denoised(model.patcher, latent[cells], *controlled(name, control, hint[px], vae), cfg=3.0, noise=noise[cells], percents=(0.3,))
+        assert (out[cells] - alone).abs().max() < 1e-4
+
+
+every_patch = pytest.mark.parametrize("kind", echo_patches.ECHOES)
+
+
+def sizes_px(name: str) -> tuple[int, int]:
+    """A UNet's windows are multiples of 8 cells."""
+    return (200, 264) if name != "sdxl" else (HEIGHT_PX, WIDTH_PX)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+@every_batching
+@every_patch
+def test_a_model_patch_has_the_windows_part_of_its_picture(kind, tiling, cfg):
+    name, put_on, read = echo_patches.ECHOES[kind]
+    model, size = load(name), sizes_px(name)
+    patcher = put_on(model.patcher, picture(*size), mask=picture(*size, seed=9)[..., 0])
+    settings = dict(min_window=96, max_window=96) | tiling
+    assert_windows_see_their_part(model, read, *prompts(name), patcher=patcher, latent=model.latent(*size), tiling=settings, cfg=cfg)
+
+
+@pytest.mark.parametrize("image_size, mask_size", [((104, 136), (200, 264)), ((336, 264), (96, 96)), ((200, 264), (400, 528))])
+@pytest.mark.parametrize("kind", ["Qwen-Image DiffSynth", "Z-Image Fun", "Anima LLLite"])
+def test_pictures_and_masks_of_other_sizes_are_those_of_the_whole(kind, image_size, mask_size):
+    name, put_on, read = echo_patches.ECHOES[kind]
+    patcher = put_on(load(name).patcher, picture(*image_size), mask=picture(*mask_size, seed=9)[..., 0])
+    assert_windows_see_their_part(
+        load(name), read, *prompts(name), patcher=patcher, latent=load(name).latent(200, 264), tiling=dict(min_window=96, max_window=96))
+
+
+@pytest.mark.parametrize("kind, vae", [("Qwen-Image DiffSynth", EchoVAE(video=True)), ("Z-Image Fun", EchoVAE()), ("Uni3C", echo_patches.FramesVAE())])
+def test_a_picture_is_encoded_once_in_a_run_and_the_users_patch_is_not_changed(kind, vae):
+    name, put_on, read = echo_patches.ECHOES[kind]
+    patcher = put_on(load(name).patcher, picture(200, 264), vae=vae)
+    (patch,) = patcher.model_options["transformer_options"]["patches"]["double_block"]
+    before = dict(vars(patch))
+    vae.sizes.clear()
+    patcher = with_prediction(tiled(patcher, 200, 264, min_window=96, max_window=96, tile_batch_size=1), read)
+    denoised(patcher, load(name).latent(200, 264), *prompts(name))
+    # Z-Image samples whole patches: 25 x 33 cells are 26 x 34.
+    assert vae.sizes == [(200, 264) if kind == "Qwen-Image DiffSynth" else (208, 272)]
+    assert vars(patch).keys() == before.keys() and all(vars(patch)[name] is value for name, value in before.items())
+
+
+def test_other_patches_pass_as_they_are():
+    model, seen = load("sd15"), set()
+    patcher = model.patcher.clone()
+    patcher.set_model_attn1_patch(test_other_patches_pass_as_they_are)
+    patcher = with_prediction(tiled(patcher), lambda call: seen.update(call.transformer_options["patches"]["attn1_patch"]) or call.x)
+    denoised(patcher, model.latent(HEIGHT_PX, WIDTH_PX), *prompts("sd15"))
+    assert seen == {test_other_patches_pass_as_they_are}
+
+
+PATCH_NETWORKS = {
+    "qwen_diffsynth_patch": ("qwen_image", QwenImageDiffsynthControlnet, lambda: EchoVAE(video=True)),
+    "z_image_fun_patch": ("z_image", ZImageFunControlnet, EchoVAE),
+}
+
+
+@pytest.mark.parametrize("inpaint", [False, True])
+@pytest.mark.parametrize("windows", [1, 4])
+@pytest.mark.parametrize("kind", PATCH_NETWORKS)
+def test_a_window_under_a_model_patch_is_what_the_host_makes_of_that_part_alone(kind, windows, inpaint):
+    name, node, make_vae = PATCH_NETWORKS[kind]
+    model, image, network = load(name), picture(256, 256), getattr(controls, kind)(inpaint)
+    mask = picture(256, 256, seed=9)[..., 0].round() if inpaint else None
+
+    def under_patch(px) -> object:
+        return node().diffsynth_controlnet(model.patcher, network, make_vae(), image[px], 1.0, mask=mask if mask is None else mask[px])[0]
+    latent = model.latent(256, 256)
+    noise = drawer(5)(*latent.shape)
+    settings = dict(min_window=128, max_window=128, tile_overlap=0, tile_batch_size=windows)
+    out = denoised(tiled(under_patch(...), 256, 256, **settings), latent, *prompts(name), cfg=3.0, noise=noise, percents=(0.3,))
+    for top, left in ((0, 0), (0, 16), (16, 0), (16, 16)):
+        cells, px = (..., slice(top, top + 16), slice(left, left + 16)), (slice(None), slice(8 * top, 8 * top + 128), slice(8 * left, 8 * left + 128))
+        alone = denoised(under_patch(px), latent[cells], *prompts(name), cfg=3.0, noise=noise[cells], percents=(0.3,))
         assert (out[cells] - alone).abs().max() < 1e-4

@@ -1,0 +1,464 @@
+"""How visible are windows and leaves? Measured with the demo's model on photos it was not trained on.
+
+    python run.py bench quality
+
+Writes QUALITY.md and the crops it shows. Pictures are about 512 px and windows 256 px unless a table says otherwise,
+so that every picture has borders of every kind. Three measures are this file's own:
+
+Seams. A picture made in one window has no seams, so a seam is a line in the difference between the tiled picture and
+that one. The energy of a line is the squared step between the pixels on its two sides, three pixels deep. What a
+border adds is its energy in the difference, less that of the nearest parallel lines, two, four and six cells away,
+which are no border. The ratio is one and what all borders add over what the picture itself has beside them: the
+gradient energy on borders over that elsewhere, freed of the content that happens to lie there. 1.00 is no seam.
+
+Leaf borders. The same where two leaves differ in strength. Pictures sampled evenly with the one strength and the other
+have no border there; the ratio takes the difference from both.
+
+Ghosts. How much of the original's fine detail is still in leaves of one strength: the slope of the regression of the
+result on the original, both less their local mean. What plain img2img of that strength keeps is the level.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import math
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as functional
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "demo" / "models"
+CELL_PX = 8
+
+
+def load_module(name: str, file: Path, **spec_arguments):
+    """A module under a name of its own, so that its folder stays off sys.path."""
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file, **spec_arguments)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def import_host() -> None:
+    """Make the host importable, on the CPU, unless it already is. Its arguments are read when its modules are imported."""
+    if "comfy" in sys.modules:
+        return
+    # The pack's root would shadow the host's `nodes` and `utils`.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+    sys.path.insert(0, os.environ["COMFYUI_DIR"])
+    from comfy.cli_args import args
+
+    args.cpu = args.use_pytorch_cross_attention = True
+    args.base_directory = tempfile.mkdtemp(prefix="qtd-quality-")
+
+
+import_host()
+import comfy.patcher_extension  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
+
+load_module("qtd_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+from qtd_pack import quadtree as trees  # noqa: E402
+from qtd_pack import tiled_diffusion, windows  # noqa: E402
+from qtd_pack.tiled_diffusion import KEY, TiledDiffusion  # noqa: E402
+
+photos = load_module("qtd_demo_photos", ROOT / "demo" / "photos.py")
+
+
+@dataclass(frozen=True)
+class Painting:
+    """latent, picture: the result. run: the patch's state when it ended, or None without the patch."""
+
+    latent: torch.Tensor
+    picture: torch.Tensor
+    run: object
+
+
+@dataclass(frozen=True)
+class Painter:
+    """The demo's model and autoencoder, and the conditioning they are used with."""
+
+    patcher: object
+    vae: object
+    steps: int = 12
+
+    def encode(self, picture: torch.Tensor) -> torch.Tensor:
+        return self.vae.encode(picture)
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(latent).clone()
+
+    def paint(self, latent: torch.Tensor, settings: TiledDiffusion | None = None, *, start_step: int = 0, seed: int = 0) -> Painting:
+        """Sample as KSampler does, through the patch if there are settings."""
+        patcher, runs = (self.patcher, []) if settings is None else watched(settings.patched(self.patcher))
+        text = [[torch.zeros(1, 2, 1024), {}]]
+        samples = comfy.sample.sample(
+            patcher, comfy.sample.prepare_noise(latent, seed), self.steps, 1.0, "euler", "simple", text, text, latent,
+            start_step=start_step, seed=seed, disable_pbar=True)
+        return Painting(samples, self.decode(samples), runs[0] if runs else None)
+
+    def img2img(self, latent: torch.Tensor, strength: float, seed: int = 0) -> Painting:
+        """The whole canvas without the patch."""
+        return self.paint(latent, start_step=self.steps - round(strength * self.steps), seed=seed)
+
+
+def load_painter() -> Painter:
+    patcher = comfy.sd.load_diffusion_model(str(MODELS / "denoiser.safetensors"), {"dtype": torch.float32})
+    return Painter(patcher, comfy.sd.VAE(comfy.utils.load_torch_file(str(MODELS / "autoencoder.safetensors"))))
+
+
+def watched(patcher) -> tuple:
+    """The patcher, and a list that gets the patch's state of each run."""
+    runs: list = []
+
+    def note(executor, model, conds, x, sigma, model_options):
+        run = model_options["transformer_options"][KEY]
+        if run not in runs:
+            runs.append(run)
+        return executor(model, conds, x, sigma, model_options)
+
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, "watched", note)
+    return patcher, runs
+
+
+def held_out(largest_px: int = 512) -> dict[str, torch.Tensor]:
+    """Name to picture, (1, H, W, 3) in 0..1, both sides whole patches of the model."""
+    return {name: torch.from_numpy(photos.to_array(photo)[:largest_px, :largest_px])[None] for name, photo in photos.held_out_photos().items()}
+
+
+def even_tree(picture: torch.Tensor, strength: float) -> trees.Quadtree:
+    """Every leaf of one strength."""
+    return trees.quadtree_from_mask(torch.full(picture.shape[1:3], strength), min_leaf=64, max_leaf=512)
+
+
+def patchwork(picture: torch.Tensor, strengths: tuple[float, ...], leaf: int, seed: int) -> trees.Quadtree:
+    """Leaves of one size with strengths at random, so that their borders have nothing to do with the content."""
+    height, width = picture.shape[1:3]
+    grid = torch.randint(len(strengths), (math.ceil(height / leaf), math.ceil(width / leaf)), generator=torch.Generator().manual_seed(seed))
+    mask = torch.tensor(strengths)[grid].repeat_interleave(leaf, 0).repeat_interleave(leaf, 1)[:height, :width]
+    return trees.quadtree_from_mask(mask, min_leaf=leaf, max_leaf=leaf)
+
+
+def detail_tree(picture: torch.Tensor) -> trees.Quadtree:
+    """The tree that the nodes' defaults make, with leaves scaled to the size of the picture."""
+    return trees.build_quadtree(picture, min_leaf=64, max_leaf=512)
+
+
+def one_window(settings: TiledDiffusion) -> TiledDiffusion:
+    """The same without windows."""
+    return replace(settings, min_window=4096, max_window=4096)
+
+
+def line_energy(picture: torch.Tensor) -> torch.Tensor:
+    """Energy of the line above and of the line left of each cell, (2, rows, cols); 0 at the picture's border.
+
+    picture: (1, H, W, 3) in 0..1. The energy is on the 0..255 scale.
+    """
+    levels = picture[0].double() * 255
+    found = []
+    for axis in (0, 1):
+        steps = torch.zeros(levels.shape[:2], dtype=levels.dtype)
+        steps.narrow(axis, 1, steps.shape[axis] - 1).copy_(levels.diff(dim=axis).square().mean(-1))
+        deep = steps + steps.roll(1, axis) + steps.roll(-1, axis)
+        lines = deep[::CELL_PX] if axis == 0 else deep[:, ::CELL_PX]
+        lines = lines.unflatten(1 - axis, (-1, CELL_PX)).mean(2 - axis)
+        lines.narrow(axis, 0, 1).zero_()
+        found.append(lines)
+    return torch.stack(found)
+
+
+def shifted(values: torch.Tensor, axis: int, cells: int) -> torch.Tensor:
+    """The values moved along an axis, zeros moved in."""
+    moved = torch.zeros_like(values)
+    size = values.shape[axis] - abs(cells)
+    if size > 0:
+        moved.narrow(axis, max(cells, 0), size).copy_(values.narrow(axis, max(-cells, 0), size))
+    return moved
+
+
+def elsewhere(energy: torch.Tensor, axis: int, borders: torch.Tensor) -> torch.Tensor:
+    """Mean energy of the parallel lines two, four and six cells away that are no border, of both sides alike.
+
+    NaN where a side has none.
+    """
+    inside = torch.ones_like(borders)
+    inside.narrow(axis, 0, 1).zero_()
+    free = inside & ~borders
+    sides = []
+    for direction in (-1, 1):
+        total, count = (sum(shifted(values, axis, direction * cells) for cells in (2, 4, 6)) for values in (energy * free, free.double()))
+        sides.append(total / count)
+    return (sides[0] + sides[1]) / 2
+
+
+def added_by(borders: torch.Tensor, picture: torch.Tensor, reference: torch.Tensor, all_borders: torch.Tensor) -> tuple[float, float]:
+    """The energy that borders add to the reference, and the picture's own beside them, both summed over the borders.
+
+    borders: bool, (2, rows, cols), see line_energy. all_borders: every line that is not elsewhere.
+    """
+    own, changed = line_energy(picture), line_energy(picture - reference)
+    added = level = 0.0
+    for axis in (0, 1):
+        here = changed[axis] - elsewhere(changed[axis], axis, all_borders[axis])
+        there = elsewhere(own[axis], axis, all_borders[axis])
+        counted = borders[axis] & here.isfinite()
+        added += float(here[counted].sum())
+        level += float(there[counted].sum())
+    return added, level
+
+
+def window_borders(run, *, cores: bool) -> torch.Tensor:
+    """Lines, (2, rows, cols), where a window of any step begins or ends; with `cores` its core instead."""
+    height, width = run.strengths.shape
+    found = torch.zeros(2, height + 1, width + 1, dtype=torch.bool)
+    for plan, _ in run.plans.values():
+        for window in plan.windows:
+            part = window.core if cores else window.rect
+            for row in (part.top, part.bottom):
+                found[0, row, part.left:part.right] = True
+            for col in (part.left, part.right):
+                found[1, part.top:part.bottom, col] = True
+    found = found[:, :height, :width]
+    found[0, 0] = found[1, :, 0] = False
+    return found
+
+
+def seam_ratio(painting: Painting, whole: torch.Tensor) -> float:
+    """The worse of the ratios at the windows' edges and at their cores' edges; whole: the picture in one window."""
+    edges, cores = (window_borders(painting.run, cores=cores) for cores in (False, True))
+    ratios = [1.0]
+    for borders in (edges, cores):
+        added, level = added_by(borders, painting.picture, whole, edges | cores)
+        if level:
+            ratios.append(1 + added / level)
+    return max(ratios)
+
+
+def sides_of_lines(tree: trees.Quadtree, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Strengths before and after each line, each (2, rows, cols); equal at the picture's border."""
+    after = trees.strength_raster(tree, height, width).expand(2, -1, -1)
+    before = torch.stack([after[axis].roll(1, axis) for axis in (0, 1)])
+    before[0, 0], before[1, :, 0] = after[0, 0], after[1, :, 0]
+    return before, after
+
+
+def close(strengths: torch.Tensor, strength: float) -> torch.Tensor:
+    """Equal to the precision of a tree made from a mask."""
+    return (strengths - strength).abs() < 0.6 / 255
+
+
+def leaf_border_ratio(picture: torch.Tensor, tree: trees.Quadtree, evenly: dict[float, torch.Tensor]) -> float:
+    """evenly: the picture sampled with one strength, for each strength in the tree; for 0 the original."""
+    before, after = sides_of_lines(tree, picture.shape[1] // CELL_PX, picture.shape[2] // CELL_PX)
+    borders = before != after
+    added = level = 0.0
+    for strength, reference in evenly.items():
+        mine = borders & (close(before, strength) | close(after, strength))
+        sums = added_by(mine, picture, reference, borders)
+        added, level = added + sums[0], level + sums[1]
+    return 1 + added / level
+
+
+def fine_detail(picture: torch.Tensor, radius: int = 8) -> torch.Tensor:
+    """The picture less its local mean, (1, 3, H, W)."""
+    planes = picture.movedim(-1, 1)
+    mean = functional.avg_pool2d(planes, 2 * radius + 1, 1, radius, count_include_pad=False)
+    return planes - mean
+
+
+def ghost(picture: torch.Tensor, original: torch.Tensor, where: torch.Tensor) -> float:
+    """The share of the original's fine detail that is in the picture; where: bool, (rows, cols) of cells."""
+    inside = where.repeat_interleave(CELL_PX, 0).repeat_interleave(CELL_PX, 1)
+    new, old = fine_detail(picture)[..., inside], fine_detail(original)[..., inside]
+    return float((new * old).sum() / old.square().sum())
+
+
+def psnr(picture: torch.Tensor, reference: torch.Tensor) -> float:
+    error = float((picture.double() - reference.double()).square().mean())
+    return 10 * math.log10(1 / error) if error else math.inf
+
+
+def ms_ssim(picture: torch.Tensor, reference: torch.Tensor) -> float:
+    """Multi-scale structural similarity of the luma, five scales (Wang, Simoncelli and Bovik 2003)."""
+    planes = [(values[0] @ torch.tensor([0.299, 0.587, 0.114]))[None, None].double() for values in (picture, reference)]
+    taps = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64) / 1.5) ** 2)
+    blur = functools.partial(functional.conv2d, weight=(taps[:, None] * taps / taps.sum() ** 2)[None, None])
+    found = 1.0
+    for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        x, y = planes if scale == 0 else [functional.avg_pool2d(plane, 2) for plane in planes]
+        planes = [x, y]
+        mean_x, mean_y = blur(x), blur(y)
+        variance = blur(x * x) - mean_x ** 2 + blur(y * y) - mean_y ** 2
+        similar = (2 * (blur(x * y) - mean_x * mean_y) + 0.03 ** 2) / (variance + 0.03 ** 2)
+        if scale == 4:
+            similar = similar * (2 * mean_x * mean_y + 0.01 ** 2) / (mean_x ** 2 + mean_y ** 2 + 0.01 ** 2)
+        found *= float(similar.mean().clamp_min(0)) ** weight
+    return found
+
+
+@contextlib.contextmanager
+def instead(module, name: str, value):
+    """Measure with another value of something that is not a setting."""
+    usual = getattr(module, name)
+    setattr(module, name, value)
+    yield
+    setattr(module, name, usual)
+
+
+def gaussian_weight(method: str, height: int, width: int, overlap: int) -> torch.Tensor:
+    """The weight of the Mixture of Diffusers paper: a Gaussian of variance 0.01 in units of the side."""
+    falloffs = [torch.exp(-((torch.arange(length) + 0.5) / length - 0.5).square() / 0.02) for length in (height, width)]
+    return falloffs[0][:, None] * falloffs[1]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is painted, and everything painted once that several tables compare with."""
+
+    painter: Painter
+    pictures: dict[str, torch.Tensor]
+    cache: dict
+
+    def once(self, key, make):
+        if key not in self.cache:
+            self.cache[key] = make()
+        return self.cache[key]
+
+    def latent(self, name: str) -> torch.Tensor:
+        return self.once(("latent", name), lambda: self.painter.encode(self.pictures[name]))
+
+    def img2img(self, name: str, strength: float) -> torch.Tensor:
+        """The whole canvas sampled evenly by the host alone; at 0 the original as the autoencoder gives it back."""
+        if strength == 0:
+            return self.once(("decoded", name), lambda: self.painter.decode(self.latent(name)))
+        return self.once(("img2img", name, strength), lambda: self.painter.img2img(self.latent(name), strength).picture)
+
+    def evenly(self, name: str, strength: float, schedule: str) -> torch.Tensor:
+        """The whole canvas sampled evenly by a schedule."""
+        if schedule == "img2img" or strength == 0:
+            return self.img2img(name, strength)
+        settings = one_window(TiledDiffusion(even_tree(self.pictures[name], strength), schedule=schedule))
+        return self.once(("evenly", name, strength, schedule), lambda: self.paint(name, settings).picture)
+
+    def paint(self, name: str, settings: TiledDiffusion) -> Painting:
+        return self.painter.paint(self.latent(name), settings)
+
+
+def in_windows(tree: trees.Quadtree, **settings) -> TiledDiffusion:
+    """The default settings, with windows of 256 px."""
+    return TiledDiffusion(tree, **{"min_window": 256, "max_window": 256} | settings)
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+WAYS = (
+    ("whole canvas", {"min_window": 4096, "max_window": 4096}, None),
+    ("grid without overlap", {"method": "MultiDiffusion", "tile_overlap": 0}, None),
+    *((f"MultiDiffusion, overlap {overlap}", {"method": "MultiDiffusion", "tile_overlap": overlap}, None) for overlap in (16, 32, 64)),
+    *((f"Mixture, Gaussian, overlap {overlap}", {"tile_overlap": overlap}, gaussian_weight) for overlap in (16, 32, 64)),
+    *((f"Mixture, cosine, overlap {overlap}", {"tile_overlap": overlap}, None) for overlap in (16, 32, 64)),
+    ("SpotDiffusion", {"method": "SpotDiffusion"}, None),
+    ("Mixture, cosine, overlap 32, windows of 128", {"tile_overlap": 32, "min_window": 128, "max_window": 128}, None),
+    ("Mixture, cosine, overlap 64, windows of 128", {"tile_overlap": 64, "min_window": 128, "max_window": 128}, None),
+)
+
+
+def compare_windows(bench: Bench, strength: float) -> list[list]:
+    """A row for each way to sample a picture evenly: seams (mean and worst), agreement, cost."""
+    rows = []
+    for label, settings, weight in WAYS:
+        with instead(windows, "blend_weight", weight or windows.blend_weight):
+            found = [(bench.paint(name, in_windows(even_tree(picture, strength), **settings)), bench.img2img(name, strength)) for name, picture in bench.pictures.items()]
+        seams = [seam_ratio(painting, whole) for painting, whole in found]
+        grid = [painting.run.cost / whole_cost(painting.run) for painting, _ in found]
+        rows.append([
+            label, f"{mean(seams):.3f}", f"{max(seams):.3f}", f"{mean(psnr(painting.picture, whole) for painting, whole in found):.1f}",
+            f"{mean(ms_ssim(painting.picture, whole) for painting, whole in found):.4f}", f"{mean(grid):.2f}"])
+    return rows
+
+
+def whole_cost(run) -> float:
+    """The cost of the same calls with the whole canvas in one window."""
+    return run.calls * run.cost_of.of(*run.strengths.shape)
+
+
+EASINGS = (("img2img", 0), ("img2img", 2), ("img2img", 4), ("blend", 0), ("blend", 4), ("ramp", 0), ("ramp", 4))
+PATCH_STRENGTHS = (0.0, 0.25, 0.5, 1.0)
+
+
+def compare_schedules(bench: Bench) -> list[list]:
+    """A row for each schedule and easing: leaf borders in patchworks of 64 px and 128 px, ghosts, cost."""
+    rows = []
+    for schedule, cells in EASINGS:
+        with instead(tiled_diffusion, "EASE_CELLS", cells):
+            found = [schedule_figures(bench, name, schedule, leaf) for name in bench.pictures for leaf in (64, 128)]
+        borders, ghosts, cost = zip(*found)
+        rows.append([
+            schedule, str(cells), f"{mean(borders):.3f}", f"{max(borders):.3f}",
+            *(f"{mean(row[index] for row in ghosts):.2f}" for index in range(3)), f"{mean(cost):.2f}"])
+    level = [[ghost(bench.img2img(name, strength), picture, torch.ones(picture.shape[1] // CELL_PX, picture.shape[2] // CELL_PX, dtype=torch.bool))
+              for strength in PATCH_STRENGTHS[1:]] for name, picture in bench.pictures.items()]
+    rows.append(["whole canvas, img2img", "", "1.000", "1.000", *(f"{mean(row[index] for row in level):.2f}" for index in range(3)), "1.00"])
+    return rows
+
+
+def schedule_figures(bench: Bench, name: str, schedule: str, leaf: int) -> tuple[float, list[float], float]:
+    """Leaf-border ratio, ghosts of each strength above 0, and cost of one patchwork in one window."""
+    picture = bench.pictures[name]
+    tree = patchwork(picture, PATCH_STRENGTHS, leaf, seed=leaf)
+    painting = bench.paint(name, one_window(TiledDiffusion(tree, schedule=schedule)))
+    evenly = {strength: bench.evenly(name, strength, schedule) for strength in PATCH_STRENGTHS}
+    strengths = painting.run.strengths
+    ghosts = [ghost(painting.picture, picture, close(strengths, strength)) for strength in PATCH_STRENGTHS[1:]]
+    return leaf_border_ratio(painting.picture, tree, evenly), ghosts, painting.run.cost / whole_cost(painting.run)
+
+
+def detail_painting(bench: Bench, name: str) -> tuple[trees.Quadtree, Painting]:
+    """A picture by the nodes' default settings, in windows of 256 px."""
+    tree = detail_tree(bench.pictures[name])
+    return tree, bench.once(("detail", name), lambda: bench.paint(name, in_windows(tree)))
+
+
+def show_defaults(bench: Bench) -> list[list]:
+    """A row for each picture: seams of even and detail trees, leaf borders of patchworks and of the detail tree."""
+    rows = []
+    for name, picture in bench.pictures.items():
+        seams = [seam_ratio(bench.paint(name, in_windows(even_tree(picture, strength))), bench.img2img(name, strength)) for strength in (0.5, 1.0)]
+        tree, painting = detail_painting(bench, name)
+        seams.append(seam_ratio(painting, bench.paint(name, one_window(TiledDiffusion(tree))).picture))
+        borders = [schedule_figures(bench, name, "img2img", leaf)[0] for leaf in (64, 128)]
+        borders.append(leaf_border_ratio(painting.picture, tree, {leaf.strength: bench.img2img(name, leaf.strength) for leaf in tree.leaves}))
+        rows.append([name, *(f"{ratio:.3f}" for ratio in (*seams, *borders))])
+    return rows
+
+
+def show_kept(bench: Bench) -> list[list]:
+    """A row for each picture: what happens to kept pixels, and the lines around them, without and with the composite."""
+    rows = []
+    for name, picture in bench.pictures.items():
+        tree, painting = detail_painting(bench, name)
+        kept = trees.strength_raster(tree, *picture.shape[1:3]) == 0
+        before, after = sides_of_lines(tree, *painting.latent.shape[-2:])
+        edges, borders = (before == 0) != (after == 0), before != after
+        row = [name, f"{100 * float(kept.double().mean()):.0f} %"]
+        for result in (painting.picture, trees.composite(picture, painting.picture, tree)):
+            added, level = added_by(edges, result, picture, borders)
+            same = (result == picture)[0][kept].all(-1).double().mean()
+            row += [f"{100 * float(same):.2f} %", f"{255 * float((result - picture)[0][kept].abs().max()):.1f}", f"{1 + added / level:.3f}"]
+        rows.append(row)
+    return rows

@@ -21,8 +21,8 @@ from aiohttp import web
 from .denoise_schedule import share_at
 from .quadtree import (
     METRICS, VIRIDIS, CellStatistics, Quadtree, check_leaves, coarsen, edit_quadtree, grow_quadtree, measure_cells, painted_cells,
-    parse_edits, strength_colour, strength_raster)
-from .tiled_diffusion import TiledDiffusion
+    parse_edits, strength_colour)
+from .tiled_diffusion import TiledDiffusion, strengths_in_cells
 from .windows import WindowCost, full_grid, plan_windows, window_sizes
 
 ROUTE = "/quadtree_tiled_diffusion/tree"
@@ -147,7 +147,7 @@ def answer_to(pictures: Pictures, body: bytes) -> tuple[int, dict]:
 def estimated_cost(tree: Quadtree) -> float:
     """The model's work with the patch's defaults, as a share of sampling everything."""
     height, width = max(tree.height // CELL_PX, 1), max(tree.width // CELL_PX, 1)
-    strengths = strength_raster(tree, height, width)
+    strengths = strengths_in_cells(tree, height, width)
     sides = (side // CELL_PX for side in (TiledDiffusion.min_window, TiledDiffusion.max_window, TiledDiffusion.tile_overlap))
     sizes, cost = window_sizes(*sides, PATCH_CELLS), WindowCost(PATCH_CELLS)
     levels, costs, total = strengths.unique(), {}, 0.0

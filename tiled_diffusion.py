@@ -101,7 +101,9 @@ class TiledDiffusion:
         _check_latent(latent_image, kwargs.get("latent_shapes"))
         run = Run(self)
         # In this run the guider's options are a copy, made by CFGGuider.sample.
-        executor.class_obj.model_options["transformer_options"][KEY] = run
+        options = executor.class_obj.model_options["transformer_options"]
+        options[KEY] = run
+        _put_in_place(options["wrappers"])
         # Some samplers (uni_pc) overwrite their last sigma.
         finishes = len(sigmas) > 0 and float(sigmas[-1]) == 0
         samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -133,10 +135,7 @@ class Run:
     def begin(self, model, conds, sigmas, noise, latent) -> None:
         """Learn what this run is about: the original, the strengths, the schedule and the windows' sizes."""
         settings = self.settings
-        self.strengths = strength_raster(settings.tree, *latent.shape[-2:])
-        self.strengths[self.strengths < settings.skip_diffusion_below] = 0
-        # At most half the smallest leaf, so that every leaf reaches its strength.
-        self.strengths = eased(self.strengths, min(EASE_CELLS, settings.tree.min_leaf * latent.shape[-1] // settings.tree.width // 2))
+        self.strengths = strengths_in_cells(settings.tree, *latent.shape[-2:], settings.skip_diffusion_below)
         self.original = self._find_original(model, noise, latent)
         self.strengths = self.strengths.to(latent.device)
         self.levels = self.strengths.unique().cpu()
@@ -222,6 +221,15 @@ class Run:
         self.settings.tell(f"step {min(int(progress * steps + 1e-5) + 1, steps)} of {steps}: {done} of {amount} windows")
 
 
+def _put_in_place(wrappers: dict) -> None:
+    """Make the order of nodes irrelevant: others see the whole latent before it is cut, and none comes after the blend."""
+    types = comfy.patcher_extension.WrappersMP
+    windows = wrappers[types.CALC_COND_BATCH]
+    windows[KEY] = windows.pop(KEY)
+    blend = wrappers[types.PREDICT_NOISE]
+    wrappers[types.PREDICT_NOISE] = {KEY: blend.pop(KEY)} | blend
+
+
 def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs):
     """Begin the run, now that the model is loaded and the latent is in its scale."""
     run = _run_of(extra_args["model_options"])
@@ -232,10 +240,11 @@ def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, laten
 
 def _predict_noise(executor, x, sigma, model_options={}, *args, **kwargs):
     """Blend the original in, once, after guidance and all that other nodes do to it."""
-    denoised = executor(x, sigma, model_options, *args, **kwargs)
     run = _run_of(model_options)
     if run is None:
-        return denoised
+        return executor(x, sigma, model_options, *args, **kwargs)
+    _check_size(x, run)
+    denoised = executor(x, sigma, model_options, *args, **kwargs)
     share = run.share(run.progress(sigma), run.strengths).to(denoised)
     return torch.lerp(x if run.original is None else _like(run.original, denoised), denoised, share)
 
@@ -256,7 +265,7 @@ def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
         return results
     # Guidance of other nodes reads these results, too: a kept cell is the original in each of them.
     kept = run.share(progress, run.strengths) == 0
-    original = _like(_frames(run.original, model_options), x)
+    original = _like(_frames(run.original, x, model_options), x)
     return [result if cond is None else torch.where(kept, original, result) for cond, result in zip(conds, results)]
 
 
@@ -333,6 +342,14 @@ def window_cost(model, conds, shape) -> WindowCost:
     return WindowCost(patch_cells(model), frames, max(texts, default=0) if is_transformer else 0, width)
 
 
+def strengths_in_cells(tree: Quadtree, height: int, width: int, skip_below: float = 0.0) -> torch.Tensor:
+    """The strengths that a latent of height x width is sampled with."""
+    strengths = strength_raster(tree, height, width)
+    strengths[strengths < skip_below] = 0
+    # At most half the smallest leaf, so that every leaf reaches its strength.
+    return eased(strengths, min(EASE_CELLS, tree.min_leaf * width // tree.width // 2))
+
+
 def _run_of(model_options) -> Run | None:
     return model_options.get("transformer_options", {}).get(KEY)
 
@@ -341,10 +358,15 @@ def _like(original: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return comfy.utils.repeat_to_batch_size(original.to(x), x.shape[0])
 
 
-def _frames(original: torch.Tensor, model_options) -> torch.Tensor:
+def _frames(original: torch.Tensor, x: torch.Tensor, model_options) -> torch.Tensor:
     """The original's frames in the host's context window, which evaluates a video piece by piece."""
     context = model_options["transformer_options"].get("context_window")
-    return original if context is None else context.get_tensor(original)
+    if context is None:
+        return original
+    frames = context.get_tensor(original)
+    # Guides follow the window's frames; the host drops what becomes of them.
+    guides = x.shape[context.dim] - frames.shape[context.dim] if context.dim else 0
+    return torch.cat([frames, x.narrow(context.dim, -guides, guides)], context.dim) if guides else frames
 
 
 def _fit_original(original: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
@@ -356,6 +378,15 @@ def _fit_original(original: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
             f"original: expected a latent like the one that is sampled, {tuple(latent.shape[1:])} (channels, [frames,] height, width), got {tuple(original.shape[1:])}. "
             "Encode the same picture with the same VAE.")
     return comfy.utils.repeat_to_batch_size(original.to(latent), latent.shape[0])
+
+
+def _check_size(x: torch.Tensor, run: Run) -> None:
+    """Raise ValueError if a sampler has given the latent another size on its way (LCM Upscale does)."""
+    if x.shape[-2:] != run.strengths.shape:
+        height, width = run.strengths.shape
+        raise ValueError(
+            f"sampler: expected one that keeps the latent's size, {width} x {height} cells, but it went on with {x.shape[-1]} x {x.shape[-2]}. "
+            "Choose another sampler, or enlarge the latent between two of them.")
 
 
 def _check_latent(latent: torch.Tensor, latent_shapes) -> None:

@@ -265,3 +265,13 @@ def test_wrong_settings_are_named(settings, message):
 def test_a_tree_of_another_aspect_is_refused_when_sampled(model):
     with pytest.raises(ValueError, match="quadtree: made for a picture of 384 x 256, but the latent or picture is 32 x 32, which is another aspect"):
         sample(model, patched(model, even_tree(1.0, 256, 384)))
+
+
+def test_a_run_tells_how_far_a_step_is_and_in_the_end_what_it_did(model, monkeypatch):
+    monkeypatch.setattr("qtd_pack.tiled_diffusion.TELL_EVERY", 0.0)
+    lines = []
+    latent = model.latent(SIDE_PX, SIDE_PX)
+    sample(model, patched(model, striped_tree(0.0, 1.0), tell=lines.append, tile_batch_size=1), latent, steps=2)
+    assert lines[0] == "step 1 of 2: 1 of 2 windows"
+    assert lines[3] == "step 2 of 2: 2 of 2 windows"
+    assert lines[-1].endswith("% of the picture kept exactly")

@@ -24,7 +24,7 @@ import comfy.patcher_extension
 import comfy.utils
 
 from .canvas import Canvas, cut_latent
-from .conditioning import cut_conds, kind_of_window
+from .conditioning import REFERENCES, cut_conds, kind_of_window
 from .control import cut_model_options
 from .denoise_schedule import EASE_CELLS, SCHEDULES, eased, progress_at, share_at, txt2img_share_at
 from .quadtree import Quadtree, strength_raster
@@ -127,6 +127,7 @@ class Run:
         self.plans: dict = {}
         self.prepared: dict = {}
         self.copies: dict = {}
+        self.fitting: dict = {}
         self.batch_limit = settings.tile_batch_size or LARGEST_BATCH
         self.calls = self.windows = self.grid_windows = 0
         self.cost = self.grid_cost = 0.0
@@ -235,6 +236,7 @@ def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, laten
     run = _run_of(extra_args["model_options"])
     if run is not None:
         run.begin(guider.inner_model, guider.conds.values(), sigmas, noise, latent_image)
+        _check_guidance(extra_args["model_options"], run)
     return executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
 
 
@@ -260,7 +262,7 @@ def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
     if plan.is_whole:
         results = executor(model, conds, x, sigma, model_options)
     else:
-        results = _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, blend)
+        results = _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, blend, progress)
     if run.original is None:
         return results
     # Guidance of other nodes reads these results, too: a kept cell is the original in each of them.
@@ -269,16 +271,16 @@ def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
     return [result if cond is None else torch.where(kept, original, result) for cond, result in zip(conds, results)]
 
 
-def _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, blend) -> list[torch.Tensor]:
+def _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, blend, progress) -> list[torch.Tensor]:
     """The weighted sum of the model's results over the windows, one per conditioning."""
     run = _run_of(model_options)
     canvas = run.canvas(model, x, plan)
-    totals = [torch.zeros_like(x) for _ in conds]
+    totals = [None if cond is None else torch.zeros_like(x) for cond in conds]
     pending = deque(group_windows(plan.windows, lambda window: kind_of_window(conds, window.rect)))
     while pending:
         comfy.model_management.throw_exception_if_processing_interrupted()
         group = pending.popleft()
-        limit = min(run.batch_limit, _fitting(model, conds, x, group, canvas))
+        limit = min(run.batch_limit, _fitting(model, conds, x, group, canvas, run.fitting))
         if len(group) > limit:
             pending.appendleft(group[limit:])
             group = group[:limit]
@@ -292,12 +294,20 @@ def _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, ble
             _halve_batches(run, len(group))
             pending.appendleft(group)
             continue
-        for total, result, cond in zip(totals, results, conds):
-            if cond is not None:
-                for window, part in zip(group, result.chunk(len(group))):
-                    total[slices(window.rect)].addcmul_(part, blend.weight_of(window, part))
-        run.tell_windows(run.progress(sigma), len(plan.windows) - sum(map(len, pending)), len(plan.windows))
-    return totals
+        _add_up(totals, results, group, blend)
+        del results  # or they would live beside the next batch's
+        run.tell_windows(progress, len(plan.windows) - sum(map(len, pending)), len(plan.windows))
+    return [torch.zeros_like(x) if total is None else total for total in totals]
+
+
+def _add_up(totals, results, group, blend: Blend) -> None:
+    """Add a batch's results, each by its window's weight, to the totals, in place."""
+    parts = [None if total is None else result.chunk(len(group)) for total, result in zip(totals, results)]
+    for index, window in enumerate(group):
+        weight = blend.weight_of(window, results[0])
+        for total, part in zip(totals, parts):
+            if total is not None:
+                total[slices(window.rect)].addcmul_(part[index], weight)
 
 
 def _halve_batches(run: Run, size: int) -> None:
@@ -308,19 +318,31 @@ def _halve_batches(run: Run, size: int) -> None:
     comfy.model_management.soft_empty_cache()
 
 
-def _fitting(model, conds, x, group, canvas) -> int:
-    """How many of these windows the host would run at once, with all conditionings, by its own estimate."""
+def _fitting(model, conds, x, group, canvas, known: dict) -> int:
+    """How many of these windows the host would run at once, with all conditionings, by its own estimate.
+
+    known: the answers of this run, since asking takes a cut and the device's memory.
+    """
     if len(group) == 1:
         return 1
     rects = [group[0].rect]
+    key = (tuple(x.shape), rects[0].height, rects[0].width, *(None if entries is None else len(entries) for entries in conds))
+    if key not in known:
+        known[key] = _windows_that_fit(model, conds, x, rects, canvas)
+    return known[key]
+
+
+def _windows_that_fit(model, conds, x, rects, canvas) -> int:
     entries = [entry for entries in cut_conds(conds, rects, canvas) if entries is not None for entry in entries]
     rows = x.shape[0] * max(len(entries), 1)
     shapes: dict = {}
     for entry in entries:
         for key, cond in entry["model_conds"].items():
-            shapes.setdefault(key, []).append(cond.size())
+            # The host repeats a conditioning to x's rows before it asks.
+            shapes.setdefault(key, []).append([x.shape[0], *cond.size()[1:]])
     needed = model.memory_required([rows, *x.shape[1:-2], rects[0].height, rects[0].width], cond_shapes=shapes) * 1.5
-    return max(1, int(model.current_patcher.get_free_memory(x.device) // max(needed, 1)))
+    # Without what the host could free by moving weights out: more windows at once are not worth that.
+    return max(1, int(comfy.model_management.get_free_memory(x.device) // max(needed, 1)))
 
 
 def patch_cells(model) -> int:
@@ -337,9 +359,24 @@ def window_cost(model, conds, shape) -> WindowCost:
     network = model.diffusion_model
     is_transformer = not hasattr(network, "input_blocks")
     width = next((getattr(network, name) for name in ("hidden_size", "inner_dim", "dim") if isinstance(getattr(network, name, None), int)), 2048)
-    texts = [entry["model_conds"]["c_crossattn"].cond.shape[1] for entries in conds for entry in entries if "c_crossattn" in entry["model_conds"]]
-    frames = math.prod(shape[2:-2])
-    return WindowCost(patch_cells(model), frames, max(texts, default=0) if is_transformer else 0, width)
+    frames, patch = math.prod(shape[2:-2]), patch_cells(model)
+    beside = [_tokens_beside(entry["model_conds"], shape, patch) for entries in conds for entry in entries]
+    cut, whole = (max(tokens, default=0) for tokens in zip(*beside)) if beside else (0, 0)
+    return WindowCost(patch, frames + cut, whole, width) if is_transformer else WindowCost(patch, frames, 0, width)
+
+
+def _tokens_beside(model_conds, shape, patch: int) -> tuple[int, int]:
+    """What a transformer sees beside a window: how many more of its size, cut from references, and tokens that pass whole."""
+    cut, whole = 0, model_conds["c_crossattn"].cond.shape[1] if "c_crossattn" in model_conds else 0
+    for key in REFERENCES & model_conds.keys():
+        value = model_conds[key].cond
+        for picture in [value] if torch.is_tensor(value) else value:
+            frames, (height, width) = math.prod(picture.shape[2:-2]), picture.shape[-2:]
+            if (height, width) == tuple(shape[-2:]):
+                cut += frames
+            else:
+                whole += frames * math.ceil(height / patch) * math.ceil(width / patch)
+    return cut, whole
 
 
 def strengths_in_cells(tree: Quadtree, height: int, width: int, skip_below: float = 0.0) -> torch.Tensor:
@@ -378,6 +415,16 @@ def _fit_original(original: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
             f"original: expected a latent like the one that is sampled, {tuple(latent.shape[1:])} (channels, [frames,] height, width), got {tuple(original.shape[1:])}. "
             "Encode the same picture with the same VAE.")
     return comfy.utils.repeat_to_batch_size(original.to(latent), latent.shape[0])
+
+
+def _check_guidance(model_options, run: Run) -> None:
+    """Raise ValueError for Self-Attention Guidance, which takes the attention of the last call for that of the whole picture."""
+    size = tuple(run.strengths.shape)
+    functions = model_options.get("sampler_post_cfg_function", [])
+    if run.sizes.shape(run.sizes.sides[0], *size) != size and any(getattr(function, "__qualname__", "").startswith("SelfAttentionGuidance.") for function in functions):
+        raise ValueError(
+            "Self-Attention Guidance: expected the whole picture in one window, as it lays one window's attention over all of it. "
+            "Remove that node, use Perturbed-Attention Guidance instead, or make min_window as large as the picture.")
 
 
 def _check_size(x: torch.Tensor, run: Run) -> None:

@@ -16,7 +16,7 @@ from qtd_pack.windows import METHODS
 
 HALF = SIDE_PX // 2
 SETTINGS = dict(
-    method="Mixture of Diffusers", schedule="img2img", tile_overlap=16, tile_batch_size=0, skip_diffusion_below=0.0, min_window=64, max_window=128,
+    method="Mixture of Diffusers", schedule="img2img", tile_overlap=0, tile_batch_size=0, skip_diffusion_below=0.0, min_window=64, max_window=128,
     shift_method="random", seed=0)
 
 

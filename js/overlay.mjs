@@ -79,6 +79,7 @@ export class Overlay {
     const again = (leaf) => (leaf && this.tree ? leafAt(this.tree, leaf.left + leaf.width / 2, leaf.top + leaf.height / 2) : null);
     this.hovered = again(this.hovered);
     this.focused = again(this.focused);
+    if (!this.tip.hidden) this.showTip(this.hovered ?? this.focused, ...this.tipPlace);
     this.show();
   }
 
@@ -268,6 +269,7 @@ export class Overlay {
   showTip(leaf, x, y) {
     this.tip.hidden = !leaf;
     if (!leaf) return;
+    this.tipPlace = [x, y];
     this.tip.textContent = describeLeaf(leaf, this.tree.steps);
     // On the side that has room.
     this.tip.style.left = `${x < this.top.clientWidth / 2 ? x + 14 : x - 14 - this.tip.offsetWidth}px`;

@@ -8,7 +8,7 @@ export function addRunLine(node) {
   element.className = "qtd qtd-run";
   element.setAttribute("role", "status");
   element.textContent = HINT;
-  const widget = node.addDOMWidget("qtd_run", "qtd_run", element, { serialize: false, hideOnZoom: false, getMinHeight: () => 44, getMaxHeight: () => 66 });
+  const widget = node.addDOMWidget("qtd_run", "qtd_run", element, { serialize: false, hideOnZoom: false, getMinHeight: () => 60, getMaxHeight: () => 80 });
   widget.serialize = false; // not in the workflow either
   return (text) => {
     element.textContent = text;

@@ -9,6 +9,7 @@ import skimage.data
 from browser_tools import PICTURE, opened
 from conftest import host_server
 from PIL import Image
+from stand_ins import write_stand_in
 
 SETTINGS = {
     "detail_budget": 0.4, "content_threshold": 25.0, "min_leaf": 64, "max_leaf": 1024, "min_denoise": 0.0, "max_denoise": 1.0,
@@ -217,3 +218,46 @@ def test_a_node_removed_while_it_asks_leaves_nothing_behind(frontend, tree_node)
         dial.value = 0.7; dial.callback(0.7); setTimeout(() => app.graph.remove(node), 35) }""", tree_node)
     frontend.page.wait_for_timeout(500)
     assert frontend.page.locator(".qtd").count() == 0
+
+
+@SOME
+def test_a_run_is_summed_up_on_the_node_that_patches_the_model(frontend):
+    models = frontend.server.base / "models"
+    for name in ("diffusion_models/flux1-dev.safetensors", "text_encoders/clip_l.safetensors", "vae/ae.safetensors"):
+        write_stand_in(models, name)
+    patch = build_sampling(frontend)
+    line = frontend.page.locator(".qtd-run")
+    assert line.inner_text().startswith("After a run")
+    frontend.run()
+    frontend.page.wait_for_function("() => document.querySelector('.qtd-run').textContent.includes('kept exactly')")
+    assert line.inner_text() in frontend.server.log()
+    assert "qtd_run" not in json.dumps(frontend.workflow())
+    assert set(frontend.prompt()[patch]["inputs"]) == {
+        "model", "quadtree", "method", "schedule", "tile_overlap", "tile_batch_size", "skip_diffusion_below", "min_window", "max_window", "shift_method", "seed"}
+    frontend.page.wait_for_timeout(500)
+    frontend.shot("run")
+
+
+def build_sampling(frontend) -> str:
+    """A graph that samples a photo with a small FLUX; the id of the node that patches the model."""
+    tree = build_graph(frontend)
+    places = {
+        "UNETLoader": (0, 500), "CLIPLoader": (0, 650), "VAELoader": (0, 800), "CLIPTextEncode": (350, 750), "VAEEncode": (800, 750),
+        "QuadtreeTiledDiffusion": (800, 50), "KSampler": (1150, 50), "VAEDecode": (1150, 400), "PreviewImage": (1150, 500)}
+    ids = {name: frontend.add(name, place) for name, place in places.items()} | {
+        "QuadtreeFromImage": tree, "LoadImage": frontend.page.evaluate("() => String(app.graph.nodes.find(node => node.type === 'LoadImage').id)")}
+    for name, widget, value in (
+        ("UNETLoader", "unet_name", "flux1-dev.safetensors"), ("CLIPLoader", "clip_name", "clip_l.safetensors"), ("CLIPLoader", "type", "sd3"),
+        ("VAELoader", "vae_name", "ae.safetensors"), ("KSampler", "steps", 4), ("KSampler", "cfg", 1.0),
+        ("QuadtreeTiledDiffusion", "min_window", 64), ("QuadtreeTiledDiffusion", "max_window", 128),
+    ):
+        frontend.set_value(ids[name], widget, value)
+    for source, output, target, name in (
+        ("UNETLoader", 0, "QuadtreeTiledDiffusion", "model"), ("QuadtreeFromImage", 0, "QuadtreeTiledDiffusion", "quadtree"),
+        ("QuadtreeTiledDiffusion", 0, "KSampler", "model"), ("CLIPLoader", 0, "CLIPTextEncode", "clip"), ("CLIPTextEncode", 0, "KSampler", "positive"),
+        ("CLIPTextEncode", 0, "KSampler", "negative"), ("LoadImage", 0, "VAEEncode", "pixels"), ("VAELoader", 0, "VAEEncode", "vae"),
+        ("VAEEncode", 0, "KSampler", "latent_image"), ("KSampler", 0, "VAEDecode", "samples"), ("VAELoader", 0, "VAEDecode", "vae"),
+        ("VAEDecode", 0, "PreviewImage", "images"),
+    ):
+        frontend.link(ids[source], output, ids[target], name)
+    return ids["QuadtreeTiledDiffusion"]

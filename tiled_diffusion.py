@@ -268,7 +268,11 @@ def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
     # Guidance of other nodes reads these results, too: a kept cell is the original in each of them.
     kept = run.share(progress, run.strengths) == 0
     original = _like(_frames(run.original, x, model_options), x)
-    return [result if cond is None else torch.where(kept, original, result) for cond, result in zip(conds, results)]
+    results = list(results)
+    for index, cond in enumerate(conds):  # one after another, so that the former ones can go
+        if cond is not None:
+            results[index] = torch.where(kept, original, results[index])
+    return results
 
 
 def _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, blend, progress) -> list[torch.Tensor]:

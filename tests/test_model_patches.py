@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 import comfy.sample
-import comfy.samplers
 import comfy_extras.nodes_custom_sampler as custom
 import pytest
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.context_windows import IndexListContextWindow
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_attention_multiply import UNetCrossAttentionMultiply
 from comfy_extras.nodes_cfg import CFGNorm, CFGZeroStar
@@ -28,11 +28,10 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_sd3 import SkipLayerGuidanceSD3
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT, SkipLayerGuidanceDiTSimple
 from comfy_extras.nodes_tcfg import TCFG
-from comfy_api.torch_helpers import set_torch_compile_wrapper
 from sampling import SIDE_PX, even_tree, load, sample, striped_tree
 from tiny_models import recorded
 
-from qtd_pack.tiled_diffusion import TiledDiffusion
+from qtd_pack.tiled_diffusion import TiledDiffusion, _frames
 
 WINDOWS = dict(min_window=128, max_window=128, tile_overlap=0)
 ONE_WINDOW = dict(min_window=512, max_window=512)
@@ -190,3 +189,111 @@ def test_a_compiled_model_runs_in_windows():
     out = sample(model, tiled(compiled), latent, steps=2)
     assert (out - sample(model, tiled(model.patcher), latent, steps=2)).abs().max() < 1e-4
     assert torch.equal(out[..., :16], latent[..., :16])
+
+
+def quarters(picture: torch.Tensor) -> list[torch.Tensor]:
+    return [part for half in picture.chunk(2, dim=-2) for part in half.chunk(2, dim=-1)]
+
+
+@pytest.mark.parametrize("tile_batch_size", [0, 1])
+def test_easy_cache_keeps_what_it_remembers_of_each_window_apart(tile_batch_size, caplog):
+    """Four windows without overlap come out as each would alone, with steps skipped."""
+    caplog.set_level("INFO")
+    model = load("flux_schnell")
+    latent = model.latent(SIDE_PX, SIDE_PX)
+    noise = comfy.sample.prepare_noise(latent, 5)
+    patcher = first(EasyCacheNode.execute(model.patcher, 3.0, 0.1, 0.9, False))
+    out = sample(model, tiled(patcher, even_tree(1.0), method="MultiDiffusion", tile_batch_size=tile_batch_size), latent, noise=noise, steps=8, cfg=3.0)
+    assert "EasyCache - skipped 4/8 steps" in caplog.text
+    for window, part, noise_part in zip(quarters(out), quarters(latent), quarters(noise)):
+        alone = sample(model, patcher, part, noise=noise_part, steps=8, cfg=3.0)
+        assert (window - alone).abs().max() < 1e-3 * out.std()
+
+
+CACHES = {
+    "EasyCache": lambda patcher: EasyCacheNode.execute(patcher, 3.0, 0.1, 0.9, False),
+    "LazyCache": lambda patcher: LazyCacheNode.execute(patcher, 3.0, 0.1, 0.9, False),
+}
+
+
+@pytest.mark.parametrize("method", ["Mixture of Diffusers", "SpotDiffusion"])
+@pytest.mark.parametrize("windows", [dict(), dict(min_window=64, tile_overlap=16)], ids=["one shape", "several shapes"])
+@pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES.keys())
+def test_cells_that_have_not_begun_are_the_original_at_every_step_of_a_cache(cache, windows, method):
+    """Neither the kept left nor, before its time, the quarter of strength 0.25: whatever a cache makes of a skipped step."""
+    model = load("flux_schnell")
+    latent = model.latent(SIDE_PX, SIDE_PX)
+    original, seen = model.patcher.model.process_latent_in(latent), []
+    tree, settings = striped_tree(0.0, 0.0, 0.25, 1.0, leaf=64), dict(method=method) | windows
+
+    def follow(step, denoised, x, steps):
+        seen.append((denoised - original).abs().amax((0, 1, 2)))
+
+    before = sample(model, tiled(first(cache(model.patcher)), tree, **settings), latent, steps=8, cfg=3.0, callback=follow)
+    after = sample(model, first(cache(tiled(model.patcher, tree, **settings))), latent, steps=8, cfg=3.0)
+    assert torch.equal(before, after)
+    assert torch.equal(before[..., :16], latent[..., :16]) and before.isfinite().all()
+    assert len(seen) == 8
+    assert max(change[:16].max() for change in seen) == 0 and max(change[:24].max() for change in seen[:6]) == 0
+    assert (before - latent)[..., 16:].abs().mean() > 0.1
+
+
+def test_lazy_cache_skips_whole_steps(caplog):
+    caplog.set_level("INFO")
+    model = load("flux_schnell")
+    patcher, calls = recorded(tiled(first(LazyCacheNode.execute(model.patcher, 3.0, 0.1, 0.9, False))))
+    sample(model, patcher, steps=8)
+    assert "LazyCache - skipped 6/8 steps" in caplog.text
+    assert len({float(call.sigma[0]) for call in calls}) == 2
+
+
+def windowed_video(patcher, **settings):
+    """Wan's context windows of 3 latent frames that share 1."""
+    return first(WanContextWindowsManualNode.execute(patcher, 9, 4, "standard_static", 1, False, "pyramid", **dict(freenoise=False) | settings))
+
+
+def video(model) -> torch.Tensor:
+    return model.patcher.model.latent_format.process_out(torch.randn(1, 16, 7, 32, 32))
+
+
+@pytest.mark.parametrize("freenoise", [False, True])
+def test_context_windows_and_ours_divide_time_and_space(freenoise):
+    model = load("wan21_t2v")
+    latent = video(model)
+    patcher, calls = recorded(windowed_video(tiled(model.patcher, min_window=64, max_window=64), freenoise=freenoise))
+    out = sample(model, patcher, latent, steps=2, cfg=3.0)
+    assert torch.equal(out[..., :16], latent[..., :16])
+    assert (out - latent)[..., 16:].flatten(-2).std(-1).min() > 0.1
+    # With the frame that the host adds before a window that does not begin with the first.
+    assert {call.x.shape[2:] for call in calls} == {(3, 8, 8), (4, 8, 8)}
+
+
+def test_context_windows_with_one_of_ours_are_context_windows_alone():
+    model = load("wan21_t2v")
+    latent = video(model)
+    alone = sample(model, windowed_video(model.patcher), latent, steps=2, cfg=3.0)
+    assert torch.equal(sample(model, windowed_video(tiled(model.patcher, even_tree(1.0), **ONE_WINDOW)), latent, steps=2, cfg=3.0), alone)
+
+
+def test_kept_cells_are_the_original_of_their_own_frame_in_every_context_window():
+    model = load("wan21_t2v")
+    latent = video(model)
+    original, off = model.patcher.model.process_latent_in(latent)[..., :16], []
+
+    def guided(args):
+        off.extend((args[key][..., :16] - original).abs().max() for key in ("cond_denoised", "uncond_denoised"))
+        return args["denoised"]
+
+    patcher = windowed_video(tiled(model.patcher))
+    patcher.set_model_sampler_post_cfg_function(guided)
+    sample(model, patcher, latent, steps=2, cfg=3.0)
+    assert len(off) == 4 and max(off) < 1e-5
+
+
+def test_guides_that_follow_a_context_window_stay_as_they_are():
+    """The host appends the guides of LTX-2 to each of its windows, and drops what becomes of them."""
+    window = IndexListContextWindow([3, 4], dim=2, total_frames=6)
+    window.causal_anchor_index = 2
+    original, x = torch.randn(1, 4, 7, 8, 8), torch.randn(1, 4, 4, 8, 8)
+    frames = _frames(original, x, {"transformer_options": {"context_window": window}})
+    assert torch.equal(frames, torch.cat([original[:, :, 2:5], x[:, :, 3:]], dim=2))

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 
 METRICS = ("variance", "gradient", "combined")
 
+# Rows that are summed at once: few enough for a processor's cache, enough to keep its threads busy.
+BAND_PX = 512
+
 # One level of an 8-bit picture: a smaller deviation is rounding, not detail.
 VISIBLE = 1.0
 
@@ -125,15 +128,16 @@ def measure_cells(image: torch.Tensor, cell_px: int, *, with_gradients: bool = T
     if image.ndim != 4 or 0 in image.shape:
         raise ValueError(f"image: expected a picture of shape (batch, height, width, channels), got {tuple(image.shape)}. Connect an IMAGE that is not empty.")
     sums, squares, gradients = [], [], []
-    for top in range(0, image.shape[1], cell_px):
-        band = image[:, top:top + cell_px + 1, :, :3].float()
+    height = max(BAND_PX // cell_px, 1) * cell_px
+    for top in range(0, image.shape[1], height):
+        band = image[:, top:top + height + 1, :, :3].float()
         if with_gradients:
-            gradients.append(_gradient_energy(band, cell_px).sum(1))
-        band = band[:, :cell_px]
-        sums.append(band.sum(1))
-        squares.append(band.square().sum(1))
+            gradients.append(_blocks(_gradient_energy(band, height), cell_px, 1))
+        band = band[:, :height]
+        sums.append(_blocks(band, cell_px, 1))
+        squares.append(_blocks(band.square(), cell_px, 1))
     # From here on the grids are small: the CPU is quicker, and has the float64 that Apple's GPUs lack.
-    fold = lambda rows: _blocks(torch.stack(rows, 1).cpu().double(), cell_px, 2)
+    fold = lambda rows: _blocks(torch.cat(rows, 1).cpu().double(), cell_px, 2)
     rows, cols = (_blocks(torch.ones(length, dtype=torch.float64), cell_px, 0) for length in image.shape[1:3])
     found = CellStatistics(image.shape[1], image.shape[2], cell_px, rows[:, None] * cols, fold(sums), fold(squares), fold(gradients) if gradients else None)
     if not bool(torch.isfinite(found.squares).all()):
@@ -313,11 +317,13 @@ def draw_quadtree(image: torch.Tensor, tree: Quadtree, *, opacity: float = 0.45)
     """
     check_aspect(tree, image.shape[1], image.shape[2], "the picture")
     leaf_ids, strength = _leaf_ids(tree), _grids(tree)[2]
-    tint = strength_colour(strength).to(image.device) * opacity  # (rows, cols, 3)
+    tint = (strength_colour(strength).to(image.device) * opacity).repeat_interleave(tree.min_leaf, 1)[:, :tree.width]  # (rows, width, 3)
     out = torch.empty(*image.shape[:3], 3, device=image.device)
-    for row, top in enumerate(range(0, tree.height, tree.min_leaf)):
-        band = tint[row].repeat_interleave(tree.min_leaf, 0)[:tree.width]
-        torch.add(band, image[:, top:top + tree.min_leaf, :, :3], alpha=1 - opacity, out=out[:, top:top + tree.min_leaf])
+    whole = tree.height // tree.min_leaf * tree.min_leaf
+    for colours, part in ((tint[:whole // tree.min_leaf, None], slice(0, whole)), (tint[-1:, None], slice(whole, tree.height))):
+        shape = (len(colours), -1)
+        if part.start < part.stop:
+            torch.add(colours, image[:, part, :, :3].unflatten(1, shape), alpha=1 - opacity, out=out[:, part].unflatten(1, shape))
     _draw_borders(out, leaf_ids, tree.min_leaf)
     return out
 

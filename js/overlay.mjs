@@ -93,7 +93,8 @@ export class Overlay {
   }
 
   isWired(name) {
-    return this.node.inputs?.some((input) => input.widget?.name === name && input.link != null) ?? false;
+    const slot = this.node.inputs?.findIndex((input) => input.widget?.name === name) ?? -1;
+    return slot >= 0 && this.node.isInputConnected(slot);
   }
 
   // Painting

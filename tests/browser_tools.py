@@ -108,6 +108,21 @@ class Frontend:
             """([id, name, value]) => { const widget = app.graph.getNodeById(id).widgets.find(w => w.name === name);
             widget.value = value; widget.callback?.(value) }""", [node, widget, value])
 
+    def turn_dial(self, node: str, value: float) -> float:
+        """Turn the node's detail_budget by hand; what it is then."""
+        if self.name.endswith("nodes2"):
+            field = self.page.locator(f"[data-node-id='{node}'] input[role=spinbutton]").first
+            field.click()
+            for keys in ("Control+a", *str(value), "Enter"):
+                field.press(keys)
+        else:
+            x, y = self.page.evaluate(
+                """([id, value]) => { const node = app.graph.getNodeById(id); const { scale, offset } = app.canvas.ds; const box = app.canvas.canvas.getBoundingClientRect();
+                return [box.x + (node.pos[0] + 15 + (node.size[0] - 30) * value + offset[0]) * scale, box.y + (node.pos[1] + node.widgets[0].last_y + 10 + offset[1]) * scale] }""",
+                [node, value])
+            self.page.mouse.click(x, y)
+        return self.value(node, "detail_budget")
+
     def workflow(self) -> dict:
         """What the page would save."""
         return self.page.evaluate("async () => JSON.parse(JSON.stringify((await app.graphToPrompt()).workflow))")
@@ -159,6 +174,11 @@ def newer_server(comfyui_dir, tmp_path_factory):
         yield running
 
 
+def is_problem(message) -> bool:
+    """Whether a line in the console is an error, or says that something used is deprecated."""
+    return message.type == "error" or (message.type == "warning" and "deprecated" in message.text)
+
+
 @contextlib.contextmanager
 def opened(browser, server, name: str):
     """A page of that server, with the renderer that the name ends with, in a browser profile of its own."""
@@ -169,7 +189,7 @@ def opened(browser, server, name: str):
     page = context.new_page()
     page.set_default_timeout(WAIT_MS)
     frontend = Frontend(server, page, name)
-    page.on("console", lambda message: frontend.problems.append(f"{message.text} ({message.location.get('url')})") if message.type == "error" else None)
+    page.on("console", lambda message: frontend.problems.append(f"{message.text} ({message.location.get('url')})") if is_problem(message) else None)
     page.on("pageerror", lambda error: frontend.problems.append(str(error)))
     frontend.open()
     yield frontend

@@ -96,7 +96,10 @@ def test_after_a_run_the_overlay_shows_as_many_leaves_as_the_server_says(fronten
 
 def test_turning_a_setting_redraws_without_a_run(frontend, tree_node):
     sent = run_and_show(frontend, tree_node)
-    for change in ({"detail_budget": 0.9}, {"min_leaf": 32}, {"metric": "gradient"}, {"min_denoise": 0.5}):
+    sent["settings"]["detail_budget"] = frontend.turn_dial(tree_node, 0.9)
+    assert sent["settings"]["detail_budget"] == pytest.approx(0.9, abs=0.02)
+    wait_for_leaves(frontend, leaves_on_server(frontend, sent))
+    for change in ({"min_leaf": 32}, {"metric": "gradient"}, {"min_denoise": 0.5}):
         for name, value in change.items():
             frontend.set_value(tree_node, name, value)
         sent["settings"].update(change)

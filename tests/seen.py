@@ -19,14 +19,15 @@ every_batching = pytest.mark.parametrize("tiling", [
 ], ids=["1 window", "3 windows", "all windows", "without overlap"])
 
 
-def denoised(patcher, latent: torch.Tensor, positive: list, negative: list | None = None, *, cfg: float = 1.0, percents=(0.3, 0.6), noise=None) -> torch.Tensor:
+def denoised(patcher, latent: torch.Tensor, positive: list, negative: list | None = None, *, cfg: float = 1.0, percents=(0.3, 0.6), noise=None, noise_mask=None) -> torch.Tensor:
     """The denoised values of a sampling run at these places of the schedule, one after another, in the model's own scale."""
     seen = []
     sampling = patcher.get_model_object("model_sampling")
     sigmas = torch.tensor([*(float(sampling.percent_to_sigma(percent)) for percent in percents), 0.0])
     comfy.sample.sample_custom(
         patcher, drawer(5)(*latent.shape) if noise is None else noise, cfg, comfy.samplers.sampler_object("euler"), sigmas, positive,
-        negative or positive, latent, callback=lambda step, value, x, steps: seen.append(value.clone()), disable_pbar=True)
+        negative or positive, latent, callback=lambda step, value, x, steps: seen.append(value.clone()),
+        noise_mask=noise_mask, disable_pbar=True)
     return torch.stack(seen)
 
 
@@ -55,3 +56,25 @@ def assert_windows_see_their_part(model: TinyModel, predict, positive: list, neg
     assert len({shape[-2:] for shape in rows} - {tuple(latent.shape[-2:])}) > 0, "one window saw everything"
     assert whole.std() > 0.02, "there is nothing to see"
     assert (parts - whole).abs().max() < 1e-5
+
+
+def assert_windows_are_their_parts_alone(model: TinyModel, part_of, latent: torch.Tensor, *, windows: int, cfg=3.0, noise_mask=None, edge=16) -> None:
+    """Without overlap, a window of a real network is what the host makes of that part as a picture of its own.
+
+    part_of(cells, px): the patcher, positive and negative for a part, both slices of (..., height, width). The canvas is
+    2 x 2 windows of so many cells.
+    """
+    noise, edge_px = drawer(5)(*latent.shape), edge * model.cell_px
+    settings = dict(min_window=edge_px, max_window=edge_px, tile_overlap=0, tile_batch_size=windows)
+    patcher, *conds = part_of(..., ...)
+    # Later steps start from their neighbours' results, too: only the first is the part's own.
+    options = dict(cfg=cfg, percents=(0.3,))
+    out = denoised(tiled(patcher, 2 * edge_px, 2 * edge_px, **settings), latent, *conds, noise=noise, noise_mask=noise_mask, **options)
+    assert out.std() > 0.02
+    for top, left in ((0, 0), (0, edge), (edge, 0), (edge, edge)):
+        cells = ..., slice(top, top + edge), slice(left, left + edge)
+        px = ..., *(slice(start * model.cell_px, (start + edge) * model.cell_px) for start in (top, left))
+        patcher, *conds = part_of(cells, px)
+        mask = noise_mask if noise_mask is None or noise_mask.shape[-1] == 1 else noise_mask[cells]
+        alone = denoised(patcher, latent[cells], *conds, noise=noise[cells], noise_mask=mask, **options)
+        assert (out[cells] - alone).abs().max() < 1e-4

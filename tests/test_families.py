@@ -10,7 +10,7 @@ from sampling import patched, sample, with_prediction
 from tiny_models import FAMILIES, load, recorded
 
 from qtd_pack.quadtree import Quadtree, quadtree_from_mask
-from qtd_pack.tiled_diffusion import patch_cells
+from qtd_pack.tiled_diffusion import KEY, patch_cells
 from qtd_pack.windows import METHODS
 
 # Family: (px of a cell, cells of a patch). A UNet halves its input three times.
@@ -23,6 +23,13 @@ SCALES = {
 # Cells of a patch: (height, width) in cells of a picture that takes several windows each way.
 CANVASES = {1: (12, 12), 2: (16, 16), 8: (40, 32), 16: (128, 96)}
 ODD_CANVASES = {1: (13, 12), 2: (17, 19), 8: (41, 35), 16: (129, 135)}
+
+# Frames, tokens of text and width of the network, which a window's cost depends on. FLUX.2 pads its prompt.
+COSTS = {
+    "flux_dev": (1, 64, 128), "flux2": (1, 512, 128), "chroma": (1, 64, 128), "radiance": (1, 64, 128), "sd3": (1, 64, 128),
+    "qwen_image": (1, 64, 64), "wan21_t2v": (3, 64, 128), "wan22_5b": (3, 64, 128), "hunyuan_video": (3, 64, 128), "ltxv": (3, 64, 128),
+    "lumina2": (1, 64, 96), "z_image": (1, 64, 256),
+}
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -70,6 +77,14 @@ def test_every_family_is_in_the_table():
 def test_cells_and_patches_are_those_of_the_family(name):
     model = load(name).patcher.model
     assert (model.latent_format.spacial_downscale_ratio, patch_cells(model)) == SCALES[name]
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_the_cost_of_a_window_is_that_of_the_family(name):
+    patcher, calls = recorded(tiled(name, "MultiDiffusion", tree(name, 1.0, 1.0)))
+    run(name, patcher, load(name).latent(*size_px(name)), steps=1)
+    cost = calls[0].transformer_options[KEY].cost_of
+    assert (cost.frames, cost.text_tokens, cost.width, cost.patch) == (*COSTS[name], SCALES[name][1])
 
 
 @pytest.mark.parametrize("canvases", [CANVASES, ODD_CANVASES], ids=["whole patches", "odd size"])

@@ -2,8 +2,8 @@
 
     python run.py bench quality
 
-Writes QUALITY.md and the crops it shows. Pictures are about 512 px and windows 256 px unless a table says otherwise,
-so that every picture has borders of every kind. Three measures are this file's own:
+Writes QUALITY.md and the crops it shows. Pictures are 384 px and windows 192 px unless a table says otherwise, so that
+every picture has borders of every kind and a processor is enough. Three measures are this file's own:
 
 Seams. A picture made in one window has no seams, so a seam is a line in the difference between the tiled picture and
 that one. The energy of a line is the squared step between the pixels on its two sides, three pixels deep. What a
@@ -38,6 +38,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "demo" / "models"
 CELL_PX = 8
+PICTURE_PX = 384
+WINDOW_PX = PICTURE_PX // 2
 
 
 def load_module(name: str, file: Path, **spec_arguments):
@@ -92,14 +94,17 @@ class Painter:
 
     patcher: object
     vae: object
-    steps: int = 12
+    steps: int = 8
 
+    @torch.no_grad()
     def encode(self, picture: torch.Tensor) -> torch.Tensor:
         return self.vae.encode(picture)
 
+    @torch.no_grad()
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         return self.vae.decode(latent).clone()
 
+    @torch.no_grad()
     def paint(self, latent: torch.Tensor, settings: TiledDiffusion | None = None, *, start_step: int = 0, seed: int = 0) -> Painting:
         """Sample as KSampler does, through the patch if there are settings."""
         patcher, runs = (self.patcher, []) if settings is None else watched(settings.patched(self.patcher))
@@ -133,7 +138,7 @@ def watched(patcher) -> tuple:
     return patcher, runs
 
 
-def held_out(largest_px: int = 512) -> dict[str, torch.Tensor]:
+def held_out(largest_px: int = PICTURE_PX) -> dict[str, torch.Tensor]:
     """Name to picture, (1, H, W, 3) in 0..1, both sides whole patches of the model."""
     return {name: torch.from_numpy(photos.to_array(photo)[:largest_px, :largest_px])[None] for name, photo in photos.held_out_photos().items()}
 
@@ -271,6 +276,13 @@ def leaf_border_ratio(picture: torch.Tensor, tree: trees.Quadtree, evenly: dict[
     return 1 + added / level
 
 
+def kept_edge_ratio(result: torch.Tensor, original: torch.Tensor, tree: trees.Quadtree) -> float:
+    """The ratio at the lines between kept and changed leaves, by the difference from the original."""
+    before, after = sides_of_lines(tree, original.shape[1] // CELL_PX, original.shape[2] // CELL_PX)
+    added, level = added_by((before == 0) != (after == 0), result, original, before != after)
+    return 1 + added / level
+
+
 def fine_detail(picture: torch.Tensor, radius: int = 8) -> torch.Tensor:
     """The picture less its local mean, (1, 3, H, W)."""
     planes = picture.movedim(-1, 1)
@@ -313,8 +325,10 @@ def instead(module, name: str, value):
     """Measure with another value of something that is not a setting."""
     usual = getattr(module, name)
     setattr(module, name, value)
-    yield
-    setattr(module, name, usual)
+    try:
+        yield
+    finally:
+        setattr(module, name, usual)
 
 
 def gaussian_weight(method: str, height: int, width: int, overlap: int) -> torch.Tensor:
@@ -357,8 +371,8 @@ class Bench:
 
 
 def in_windows(tree: trees.Quadtree, **settings) -> TiledDiffusion:
-    """The default settings, with windows of 256 px."""
-    return TiledDiffusion(tree, **{"min_window": 256, "max_window": 256} | settings)
+    """The default settings, with windows small enough for the pictures."""
+    return TiledDiffusion(tree, **{"min_window": WINDOW_PX, "max_window": WINDOW_PX} | settings)
 
 
 def mean(values) -> float:
@@ -373,8 +387,7 @@ WAYS = (
     *((f"Mixture, Gaussian, overlap {overlap}", {"tile_overlap": overlap}, gaussian_weight) for overlap in (16, 32, 64)),
     *((f"Mixture, cosine, overlap {overlap}", {"tile_overlap": overlap}, None) for overlap in (16, 32, 64)),
     ("SpotDiffusion", {"method": "SpotDiffusion"}, None),
-    ("Mixture, cosine, overlap 32, windows of 128", {"tile_overlap": 32, "min_window": 128, "max_window": 128}, None),
-    ("Mixture, cosine, overlap 64, windows of 128", {"tile_overlap": 64, "min_window": 128, "max_window": 128}, None),
+    *((f"Mixture, cosine, overlap {overlap}, windows of 96", {"tile_overlap": overlap, "min_window": 96, "max_window": 96}, None) for overlap in (32, 64)),
 )
 
 
@@ -402,34 +415,34 @@ PATCH_STRENGTHS = (0.0, 0.25, 0.5, 1.0)
 
 
 def compare_schedules(bench: Bench) -> list[list]:
-    """A row for each schedule and easing: leaf borders in patchworks of 64 px and 128 px, ghosts, cost."""
+    """A row for each schedule and easing: leaf borders and ghosts in patchworks of 64 and 128 px."""
     rows = []
     for schedule, cells in EASINGS:
         with instead(tiled_diffusion, "EASE_CELLS", cells):
             found = [schedule_figures(bench, name, schedule, leaf) for name in bench.pictures for leaf in (64, 128)]
-        borders, ghosts, cost = zip(*found)
+        borders, ghosts = zip(*found)
         rows.append([
             schedule, str(cells), f"{mean(borders):.3f}", f"{max(borders):.3f}",
-            *(f"{mean(row[index] for row in ghosts):.2f}" for index in range(3)), f"{mean(cost):.2f}"])
+            *(f"{mean(row[index] for row in ghosts):.2f}" for index in range(3))])
     level = [[ghost(bench.img2img(name, strength), picture, torch.ones(picture.shape[1] // CELL_PX, picture.shape[2] // CELL_PX, dtype=torch.bool))
               for strength in PATCH_STRENGTHS[1:]] for name, picture in bench.pictures.items()]
-    rows.append(["whole canvas, img2img", "", "1.000", "1.000", *(f"{mean(row[index] for row in level):.2f}" for index in range(3)), "1.00"])
+    rows.append(["whole canvas, img2img", "", "1.000", "1.000", *(f"{mean(row[index] for row in level):.2f}" for index in range(3))])
     return rows
 
 
-def schedule_figures(bench: Bench, name: str, schedule: str, leaf: int) -> tuple[float, list[float], float]:
-    """Leaf-border ratio, ghosts of each strength above 0, and cost of one patchwork in one window."""
+def schedule_figures(bench: Bench, name: str, schedule: str, leaf: int) -> tuple[float, list[float]]:
+    """Leaf-border ratio, and ghosts of each strength above 0, of one patchwork in one window."""
     picture = bench.pictures[name]
     tree = patchwork(picture, PATCH_STRENGTHS, leaf, seed=leaf)
     painting = bench.paint(name, one_window(TiledDiffusion(tree, schedule=schedule)))
     evenly = {strength: bench.evenly(name, strength, schedule) for strength in PATCH_STRENGTHS}
     strengths = painting.run.strengths
     ghosts = [ghost(painting.picture, picture, close(strengths, strength)) for strength in PATCH_STRENGTHS[1:]]
-    return leaf_border_ratio(painting.picture, tree, evenly), ghosts, painting.run.cost / whole_cost(painting.run)
+    return leaf_border_ratio(painting.picture, tree, evenly), ghosts
 
 
 def detail_painting(bench: Bench, name: str) -> tuple[trees.Quadtree, Painting]:
-    """A picture by the nodes' default settings, in windows of 256 px."""
+    """A picture by the nodes' default settings, in small windows."""
     tree = detail_tree(bench.pictures[name])
     return tree, bench.once(("detail", name), lambda: bench.paint(name, in_windows(tree)))
 
@@ -453,12 +466,107 @@ def show_kept(bench: Bench) -> list[list]:
     for name, picture in bench.pictures.items():
         tree, painting = detail_painting(bench, name)
         kept = trees.strength_raster(tree, *picture.shape[1:3]) == 0
-        before, after = sides_of_lines(tree, *painting.latent.shape[-2:])
-        edges, borders = (before == 0) != (after == 0), before != after
         row = [name, f"{100 * float(kept.double().mean()):.0f} %"]
         for result in (painting.picture, trees.composite(picture, painting.picture, tree)):
-            added, level = added_by(edges, result, picture, borders)
             same = (result == picture)[0][kept].all(-1).double().mean()
-            row += [f"{100 * float(same):.2f} %", f"{255 * float((result - picture)[0][kept].abs().max()):.1f}", f"{1 + added / level:.3f}"]
+            row += [f"{100 * float(same):.2f} %", f"{255 * float((result - picture)[0][kept].abs().max()):.1f}", f"{kept_edge_ratio(result, picture, tree):.3f}"]
         rows.append(row)
     return rows
+
+
+def cut(picture: torch.Tensor, top: int, left: int, side: int = 192) -> torch.Tensor:
+    return picture[0, top:top + side, left:left + side]
+
+
+def save_strip(name: str, crops: list[torch.Tensor], scale: int = 1) -> None:
+    """Crops beside each other, in a PNG next to this file."""
+    gap = torch.ones(crops[0].shape[0], 4, 3)
+    parts = [part for crop in crops for part in (crop, gap)][:-1]
+    strip = photos.to_picture(torch.cat(parts, 1).numpy())
+    strip.resize((strip.width * scale, strip.height * scale), Image.NEAREST).save(Path(__file__).with_name(name), optimize=True)
+
+
+def draw_seams(bench: Bench) -> None:
+    """Where four windows meet: the grid without overlap, the default, the whole canvas."""
+    name, picture = next(iter(bench.pictures.items()))
+    ways = [in_windows(even_tree(picture, 1.0), **settings) for settings in (dict(method="MultiDiffusion", tile_overlap=0), {})]
+    save_strip("quality_seams.png", [cut(found, 160, 160) for found in [*(bench.paint(name, way).picture for way in ways), bench.img2img(name, 1.0)]])
+
+
+def draw_leaves(bench: Bench) -> None:
+    """Leaves of several strengths: the original, without easing, with it."""
+    name, picture = next(iter(bench.pictures.items()))
+    tree = patchwork(picture, PATCH_STRENGTHS, 64, seed=64)
+    found = [picture]
+    for cells in (0, tiled_diffusion.EASE_CELLS):
+        with instead(tiled_diffusion, "EASE_CELLS", cells):
+            found.append(bench.paint(name, one_window(TiledDiffusion(tree))).picture)
+    save_strip("quality_leaves.png", [cut(each, 64, 160) for each in found])
+
+
+def draw_ghosts(bench: Bench) -> None:
+    """An even strength of 0.5: the original, blend, img2img."""
+    name, picture = next(iter(bench.pictures.items()))
+    save_strip("quality_ghosts.png", [cut(found, 64, 160) for found in (picture, bench.evenly(name, 0.5, "blend"), bench.img2img(name, 0.5))])
+
+
+def draw_kept(bench: Bench) -> None:
+    """By detail: the original with its leaves, the result, the result after Quadtree Composite."""
+    name, picture = next(iter(bench.pictures.items()))
+    tree, painting = detail_painting(bench, name)
+    found = (trees.draw_quadtree(picture, tree, opacity=0.3), painting.picture, trees.composite(picture, painting.picture, tree))
+    save_strip("quality_kept.png", [cut(each, 0, 288, 224) for each in found])
+
+
+def table(header: str, rows: list[list]) -> str:
+    names = header.split(" | ")
+    lines = [names, ["---"] + ["---:"] * (len(names) - 1), *rows]
+    return "\n".join("| " + " | ".join(str(value) for value in row) + " |" for row in lines)
+
+
+WINDOW_COLUMNS = "way | seams, mean | seams, worst picture | PSNR to the whole canvas, dB | MS-SSIM | cost"
+SCHEDULE_COLUMNS = "schedule | eased over, cells | leaf borders, mean | worst | ghosts at 0.25 | at 0.5 | at 1"
+DEFAULT_COLUMNS = "picture | seams at 0.5 | at 1 | by detail | leaf borders, 64 px | 128 px | by detail"
+KEPT_COLUMNS = "picture | kept | exact | largest error | edges | exact, composite | largest error | edges"
+
+
+def report(bench: Bench) -> str:
+    """QUALITY.md: what was measured, in five tables with their crops."""
+    sizes = ", ".join(f"{name} ({picture.shape[2]} x {picture.shape[1]})" for name, picture in bench.pictures.items())
+    parts = [
+        "# Quality, measured", f"Written by `python run.py bench quality`. Held-out photos: {sizes}. The demo's model, Euler, {bench.painter.steps} steps.\n{MEASURES}",
+        f"## Default settings, windows of {WINDOW_PX} px", table(DEFAULT_COLUMNS, show_defaults(bench)),
+        "## Windows at strength 1", "Cost is relative to the whole canvas in one window.", table(WINDOW_COLUMNS, compare_windows(bench, 1.0)),
+        "![Grid without overlap, default settings, whole canvas](quality_seams.png)\n\n*Where four windows meet: grid without overlap, default settings, whole canvas.*",
+        "## Windows at strength 0.5", table(WINDOW_COLUMNS, compare_windows(bench, 0.5)),
+        "## Schedules and easing", "Leaves of 64 and 128 px with strengths 0, 0.25, 0.5 and 1 at random, in one window.", table(SCHEDULE_COLUMNS, compare_schedules(bench)),
+        "![Original, without easing, with easing](quality_leaves.png)\n\n*Leaves of four strengths: original, without easing, with easing.*",
+        "![Original, blend, img2img](quality_ghosts.png)\n\n*Strength 0.5 everywhere: original, blend, img2img.*",
+        "## Kept pixels", "By detail, decoded, then with Quadtree Composite. Errors in steps of 1/255.", table(KEPT_COLUMNS, show_kept(bench)),
+        "![Leaves, decoded, with Quadtree Composite](quality_kept.png)\n\n*Leaves (violet is kept), decoded result, with Quadtree Composite.*",
+    ]
+    for draw in (draw_seams, draw_leaves, draw_ghosts, draw_kept):
+        draw(bench)
+    return "\n\n".join(parts) + "\n"
+
+
+MEASURES = """
+- Seams and leaf borders: gradient energy on the borders over that elsewhere, content taken out; 1.00 is none.
+- Ghosts: the share of the original's fine detail that is still in leaves of a strength.
+- Exact: pixels that are the original's, bit for bit, among those of strength 0."""
+
+
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("QUALITY.md"))
+    arguments = parser.parse_args(words)
+    torch.set_num_threads(arguments.threads)
+    start = time.monotonic()
+    arguments.out.write_text(report(Bench(load_painter(), held_out(), {})), "utf-8")
+    print(f"wrote {arguments.out} in {time.monotonic() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

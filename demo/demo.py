@@ -8,6 +8,7 @@ demo/models, its flat ones kept exactly.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -78,7 +79,7 @@ def graph() -> dict:
     nodes = {
         "photo": ("LoadImage", dict(image="photo.png")),
         "tree": ("QuadtreeFromImage", dict(
-            image=["photo", 0], detail_budget=0.4, content_threshold=25.0, min_leaf=64, max_leaf=512, min_denoise=0.0, max_denoise=0.35, metric="variance")),
+            image=["photo", 0], detail_budget=0.4, content_threshold=25.0, min_leaf=32, max_leaf=256, min_denoise=0.0, max_denoise=0.35, metric="variance")),
         "model": ("UNETLoader", dict(unet_name="denoiser.safetensors", weight_dtype="default")),
         "vae": ("VAELoader", dict(vae_name="autoencoder.safetensors")),
         "latent": ("VAEEncode", dict(pixels=["photo", 0], vae=["vae", 0])),
@@ -129,11 +130,11 @@ def summarize(base: Path, picture: Image.Image, outputs: dict, log: str, seconds
     cell_px = picture.height // before.shape[-2]
     kept_cells = kept[cell_px // 2::cell_px, cell_px // 2::cell_px]
     error = np.abs(after - before)[:, kept_cells].max(initial=0)
-    run = next(line.strip() for line in log.splitlines() if "windows over" in line)
+    run = re.search(r"\d+ of \d+ windows over .*", log).group()
     return "\n".join([
         f"picture        {picture.width} x {picture.height} px",
         f"run            {run}",
-        f"leaves kept    {100 * kept.mean():.0f} % of the picture has strength 0",
+        f"leaves         {outputs['tree']['qtd_tree'][0]['leaves']}; {100 * kept.mean():.0f} % of the picture has strength 0",
         f"latent there   greatest error {error:.1e}",
         f"pixels there   greatest error {changed_px[kept].max(initial=0)} of 255",
         f"elsewhere      mean change {changed_px[~kept].mean() if (~kept).any() else 0:.1f} of 255",

@@ -46,7 +46,7 @@ def _kind_of_entry(entry: dict, rect: Rect) -> Hashable:
     area = _area_in_window(entry["area"], rect) if "area" in entry else None
     if "area" in entry and area is None:
         return None
-    boxes = [tuple(box[1:]) for box in _boxes_in_window(entry, rect)] if "gligen" in entry else []
+    boxes = [(id(text), *place) for text, *place in _boxes_in_window(entry, rect)] if "gligen" in entry else []
     # The guides of LTX-Video are described for a whole batch by one list.
     alone = rect if "keyframe_idxs" in entry["model_conds"] else None
     return area, tuple(boxes), alone
@@ -120,7 +120,7 @@ def _area_weight(area: tuple[int, ...], canvas: Canvas) -> torch.Tensor:
     The host feathers a given number of cells inside an area's edge; done per window, edges that lie outside the
     window would lose theirs.
     """
-    key = "area", area
+    key = "area", area, canvas.shape[2:]
     if key not in canvas.prepared:
         like = torch.ones(1, 1, *canvas.shape[2:], device=canvas.device)
         found = comfy.samplers.get_area_and_mult({"area": area, "model_conds": {}, "uuid": None}, like, None)

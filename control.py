@@ -36,8 +36,9 @@ def cut_control(control, rects: Sequence[Rect], place: Rect, canvas: Canvas):
 def cut_model_options(model_options: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
     """The options with model patches that hold a picture cut to the windows, the same copy wherever one occurs."""
     options = model_options["transformer_options"]
-    patches = {place: [_cut_patch(patch, tuple(rects), canvas) for patch in several] for place, several in options.get("patches", {}).items()}
-    return model_options | {"transformer_options": options | {"patches": patches}} if patches else model_options
+    whole = options.get("patches", {})
+    patches = {place: [_cut_patch(patch, tuple(rects), canvas) for patch in several] for place, several in whole.items()}
+    return model_options if patches == whole else model_options | {"transformer_options": options | {"patches": patches}}
 
 
 def _copy_for_windows(control, rects: Sequence[Rect], place: Rect, canvas: Canvas):
@@ -142,28 +143,33 @@ def _cut_patch(patch, rects: tuple[Rect, ...], canvas: Canvas):
 
 def _cut_encoded_image(patch, rects: tuple[Rect, ...], canvas: Canvas):
     """The controls of Qwen-Image (DiffSynth) and Z-Image (Fun), which keep a latent of the picture."""
+    # Z-Image pads its input to whole patches; Qwen-Image does not, and its control pads the latent itself.
+    multiple = canvas.patch if hasattr(patch, "inpaint_image") else 1
     cell_px = patch.vae.spacial_compression_encode()
-    is_z_image = hasattr(patch, "inpaint_image")
-    # Z-Image pads its input to whole patches, and so does Qwen-Image's control with its picture.
-    multiple = canvas.patch if is_z_image else 1
-    key = "encoded", patch
-    if key not in canvas.prepared:
-        size = [-(-length // multiple) * multiple * cell_px for length in canvas.size]
-        pictures = [_pixels(picture, *size, "area") for picture in ([patch.image, patch.inpaint_image] if is_z_image else [patch.image])]
-        canvas.prepared[key] = _with_models_kept(lambda: patch.encode_latent_cond(*pictures))
-    latent = canvas.prepared[key]
+    latent = _encoded_image(patch, cell_px, multiple, canvas)
     windows = in_units_of(latent, rects, 1, 1, multiple)
     part = copy.copy(patch)
-    # A copy of the part, for the host's model scales it in place.
-    part.encoded_image = cut_rows(latent, windows, canvas.rows).clone()
+    # Copied, for the host's model scales it in place, and moved, which the host does only while it loads a model.
+    part.encoded_image = cut_rows(latent, windows, canvas.rows).to(canvas.device, copy=True)
     part.encoded_image_size = windows[0].height * cell_px, windows[0].width * cell_px
     part.temp_data = None
-    if not is_z_image:
+    if hasattr(patch.model_patch.model, "process_input_latent_image"):
         part.encoded_image = patch.model_patch.model.process_input_latent_image(part.encoded_image)
     if len(rects) > 1:
         part.window_images = part.encoded_image
         part.__class__ = type("WindowPatch", (_RowsOfBatch, type(patch)), {})
     return part
+
+
+def _encoded_image(patch, cell_px: int, multiple: int, canvas: Canvas) -> torch.Tensor:
+    """The latent of the pictures and their mask, as the host would make it for the whole."""
+    key = "encoded", id(patch)
+    if key not in canvas.prepared:
+        size = [-(-length // multiple) * multiple * cell_px for length in canvas.size]
+        names = [name for name in ("image", "inpaint_image") if hasattr(patch, name)]
+        pictures = [_pixels(getattr(patch, name), *size, "area") for name in names]
+        canvas.prepared[key] = _with_models_kept(lambda: patch.encode_latent_cond(*pictures))
+    return canvas.prepared[key]
 
 
 class _RowsOfBatch:
@@ -178,7 +184,7 @@ class _RowsOfBatch:
 
 def _cut_render(patch, rects: tuple[Rect, ...], canvas: Canvas):
     """The control of Wan (Uni3C), which keeps a latent of a video."""
-    key = "render", patch, canvas.shape[2]
+    key = "render", id(patch), canvas.shape[2]
     if key not in canvas.prepared:
         size = [-(-length // canvas.patch) * canvas.patch for length in canvas.size]
         canvas.prepared[key] = patch.encode_render_video((canvas.shape[2], *size))

@@ -345,8 +345,12 @@ def test_a_window_without_boxes_is_a_picture_without_boxes():
 
 
 @pytest.mark.parametrize("windows", [1, 4])
-def test_boxes_act_on_a_real_window_as_on_that_part_alone(windows):
-    model, gligen, boxes = load("sd15"), controls.gligen(), [(1, 8, 8, 2, 20), (2, 12, 12, 10, 10)]
+@pytest.mark.parametrize("boxes", [
+    [(1, 8, 8, 2, 20), (2, 12, 12, 10, 10)],
+    [(1, 6, 6, 4, 4), (2, 6, 6, 20, 20)],  # at one place of two windows
+])
+def test_boxes_act_on_a_real_window_as_on_that_part_alone(boxes, windows):
+    model, gligen = load("sd15"), controls.gligen()
 
     def part_of(cells, px):
         top, left = (0, 0) if cells is ... else (cells[1].start, cells[2].start)

@@ -31,8 +31,10 @@ from comfy_extras.nodes_tcfg import TCFG
 from sampling import SIDE_PX, even_tree, load, sample, striped_tree
 from tiny_models import recorded
 
+from qtd_pack.quadtree import Quadtree, quadtree_from_mask
 from qtd_pack.tiled_diffusion import TiledDiffusion, _frames
 
+HALF = SIDE_PX // 2
 WINDOWS = dict(min_window=128, max_window=128, tile_overlap=0)
 ONE_WINDOW = dict(min_window=512, max_window=512)
 
@@ -172,8 +174,8 @@ def test_a_noise_mask_and_a_tree_keep_what_either_keeps(name, differential):
     model = load(name)
     latent = model.latent(SIDE_PX, SIDE_PX)
     mask = torch.ones(1, SIDE_PX, SIDE_PX)
-    mask[:, :SIDE_PX // 2] = 0
-    mask[:, SIDE_PX // 2:, -64:] = 0.6
+    mask[:, :HALF] = 0
+    mask[:, HALF:, -64:] = 0.6
     patcher = tiled(first(DifferentialDiffusion.execute(model.patcher, 1.0)) if differential else model.patcher)
     change = (run(name, patcher, latent=latent, noise_mask=mask) - latent).abs().amax((0, 1))
     assert change[:, :16].max() == 0
@@ -216,26 +218,37 @@ CACHES = {
 }
 
 
+def corner_and_spots() -> Quadtree:
+    """A corner and a spot of 64 px to redraw, beside that a spot that begins with the last quarter of the steps."""
+    mask = torch.zeros(1, SIDE_PX, SIDE_PX)
+    mask[:, :HALF, HALF:] = 1
+    mask[:, -64:, -64:] = 1
+    mask[:, -64:, HALF:-64] = 0.25
+    return quadtree_from_mask(mask, min_leaf=64, max_leaf=64)
+
+
 @pytest.mark.parametrize("method", ["Mixture of Diffusers", "SpotDiffusion"])
-@pytest.mark.parametrize("windows", [dict(), dict(min_window=64, tile_overlap=16)], ids=["one shape", "several shapes"])
+@pytest.mark.parametrize("min_window, shapes", [(128, 1), (64, 2)], ids=["one shape", "two shapes"])
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES.keys())
-def test_cells_that_have_not_begun_are_the_original_at_every_step_of_a_cache(cache, windows, method):
-    """Neither the kept left nor, before its time, the quarter of strength 0.25: whatever a cache makes of a skipped step."""
+def test_cells_that_have_not_begun_are_the_original_at_every_step_of_a_cache(cache, min_window, shapes, method):
+    """Whatever it makes of the steps that it skips."""
     model = load("flux_schnell")
     latent = model.latent(SIDE_PX, SIDE_PX)
     original, seen = model.patcher.model.process_latent_in(latent), []
-    tree, settings = striped_tree(0.0, 0.0, 0.25, 1.0, leaf=64), dict(method=method) | windows
+    settings = dict(method=method, min_window=min_window)
 
     def follow(step, denoised, x, steps):
-        seen.append((denoised - original).abs().amax((0, 1, 2)))
+        seen.append((denoised - original).abs().amax((0, 1)))
 
-    before = sample(model, tiled(first(cache(model.patcher)), tree, **settings), latent, steps=8, cfg=3.0, callback=follow)
-    after = sample(model, first(cache(tiled(model.patcher, tree, **settings))), latent, steps=8, cfg=3.0)
-    assert torch.equal(before, after)
-    assert torch.equal(before[..., :16], latent[..., :16]) and before.isfinite().all()
-    assert len(seen) == 8
-    assert max(change[:16].max() for change in seen) == 0 and max(change[:24].max() for change in seen[:6]) == 0
-    assert (before - latent)[..., 16:].abs().mean() > 0.1
+    patcher, calls = recorded(tiled(first(cache(model.patcher)), corner_and_spots(), **settings))
+    before = sample(model, patcher, latent, steps=8, cfg=3.0, callback=follow)
+    after = sample(model, first(cache(tiled(model.patcher, corner_and_spots(), **settings))), latent, steps=8, cfg=3.0)
+    assert len({call.x.shape[-2:] for call in calls}) == shapes
+    assert torch.equal(before, after) and before.isfinite().all()
+    assert torch.equal(before[..., :16], latent[..., :16])
+    assert len(seen) == 8 and max(change[:, :16].max() for change in seen) == 0
+    assert max(change[24:, 16:24].max() for change in seen[:6]) == 0
+    assert (before - latent)[..., :16, 16:].abs().mean() > 0.1
 
 
 def test_lazy_cache_skips_whole_steps(caplog):

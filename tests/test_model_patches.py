@@ -251,6 +251,15 @@ def test_cells_that_have_not_begun_are_the_original_at_every_step_of_a_cache(cac
     assert (before - latent)[..., :16, 16:].abs().mean() > 0.1
 
 
+@pytest.mark.parametrize("settings", [dict(min_window=64), dict(method="SpotDiffusion")], ids=["two shapes", "SpotDiffusion"])
+def test_easy_cache_skips_nothing_when_windows_differ(settings, caplog):
+    caplog.set_level("INFO")
+    model = load("flux_schnell")
+    cached, plain = (sample(model, tiled(patcher, corner_and_spots(), **settings), steps=8) for patcher in (first(CACHES["EasyCache"](model.patcher)), model.patcher))
+    assert "EasyCache - skipped 0/8 steps" in caplog.text
+    assert torch.equal(cached, plain)
+
+
 def test_lazy_cache_skips_whole_steps(caplog):
     caplog.set_level("INFO")
     model = load("flux_schnell")

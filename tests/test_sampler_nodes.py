@@ -178,7 +178,10 @@ GUIDERS = {
 @pytest.mark.parametrize("guider", GUIDERS.values(), ids=GUIDERS.keys())
 def test_every_guider_keeps_redraws_and_is_itself_in_one_window(model, guider):
     latent, sigmas = picture(model), sigmas_of(model)
-    guided = lambda patcher: custom_advanced(model, guider(patcher, *prompts(model))[0], latent, sigmas)[0]  # noqa: E731
+
+    def guided(patcher):
+        return custom_advanced(model, guider(patcher, *prompts(model))[0], latent, sigmas)[0]
+
     assert_left_kept_right_redrawn(guided(tiled(model)), latent)
     whole = guided(tiled(model, even_tree(1.0), min_window=512, max_window=512))
     assert torch.equal(whole["samples"], guided(model.patcher)["samples"])

@@ -1,0 +1,189 @@
+"""Trains the demo's diffusion model: the host's own Flux class, small enough for a git repository.
+
+    COMFYUI_DIR=... torchrun --nproc-per-node 2 demo/train_denoiser.py --minutes 60
+
+Flow matching on windows of latents that the demo's autoencoder made. Sigmas lean towards the low and middle
+levels, which is where image to image works. The text is two tokens of zeros, always.
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+
+from measures import SCORED_SIGMAS, denoising_gains
+from photos import Crops, held_out_photos, to_array
+from training import MODELS, Averaged, Budget, append_row, draw_curves, join_workers, load_weights, optimizers_for, save_half, take_step, use_host
+
+use_host()
+import comfy.model_management
+import comfy.ops
+from comfy.ldm.flux.model import Flux
+from comfy.taesd.taesd import TAESD, Block
+
+LATENT_CHANNELS = 16
+# The host's LotusConditioning node gives two tokens of 1024; it is its only source of a conditioning without a text encoder.
+TEXT_TOKENS, TEXT_CHANNELS = 2, 1024
+# What the host's detection reads from the weights, or assumes: it fixes head size, ratio, patch and theta.
+SHAPE = dict(
+    image_model="flux", in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, vec_in_dim=None, context_in_dim=TEXT_CHANNELS,
+    hidden_size=128, mlp_ratio=4.0, num_heads=1, depth=1, depth_single_blocks=8, axes_dim=[16, 56, 56], theta=10000,
+    patch_size=2, qkv_bias=True, guidance_embed=False, txt_ids_dims=[],
+)
+ADAM_ONLY = ("img_in", "txt_in", "time_in", "final_layer")
+# Cells high and wide, and how often; every batch holds about the same number of tokens.
+WINDOWS = ((32, 32), (24, 40), (40, 24), (48, 48), (64, 64))
+WINDOW_SHARES = (0.5, 0.12, 0.12, 0.18, 0.08)
+TOKENS = 2048
+
+
+class TrainingOps(comfy.ops.disable_weight_init):
+    """The host's layers, but norms keep their own copy of an input that the blocks later add to in place."""
+
+    class LayerNorm(comfy.ops.disable_weight_init.LayerNorm):
+        def forward(self, x):
+            return super().forward(x.clone())
+
+
+def build(operations=TrainingOps):
+    """The host's module; modulation and output start at zero, so every block starts as the identity."""
+    model = Flux(dtype=torch.float32, operations=operations, **SHAPE)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.ones_(parameter)
+        elif parameter.ndim < 2 or "mod" in name or name.startswith(("final_layer", "txt_in")):
+            torch.nn.init.zeros_(parameter)
+        else:
+            torch.nn.init.xavier_uniform_(parameter)
+    model.txt_in.weight.requires_grad_(False)
+    return model
+
+
+def keep_residual_in_full_precision(model):
+    """Under autocast the first layers would hand on bf16 and everything added to it would be rounded."""
+    for layer in (model.img_in, model.txt_in):
+        layer.register_forward_hook(lambda module, inputs, output: output.float())
+
+
+def load_encoder(path):
+    """The encoder without the work of blocks that were left as they started."""
+    autoencoder = TAESD(latent_channels=LATENT_CHANNELS)
+    autoencoder.load_state_dict(load_weights(path))
+    for layer in autoencoder.taesd_encoder:
+        if isinstance(layer, Block) and not layer.conv[4].weight.any():
+            layer.forward = torch.relu
+    return autoencoder.taesd_encoder.to(memory_format=torch.channels_last).requires_grad_(False)
+
+
+@torch.no_grad()
+def encode(encoder, pixels):
+    """Pixels, 0 to 1, to latents as the diffusion model sees them (the host's process_latent_in applied)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return encoder(pixels.contiguous(memory_format=torch.channels_last)).float().contiguous()
+
+
+def latent_bank(encoder, crops, count, side):
+    """Latents of `count` crisp pictures of `side` px, mirrored where a photo is smaller; windows are cut from them."""
+    return torch.cat([encode(encoder, torch.from_numpy(crops.batch(1, side, side, 1.0, 2.0))) for _ in range(count)])
+
+
+def draw_windows(rng, bank):
+    """A batch of windows of one shape from anywhere in the bank."""
+    height, width = WINDOWS[rng.choice(len(WINDOWS), p=WINDOW_SHARES)]
+    count = TOKENS * 4 // (height * width)
+    rows, columns = bank.shape[2] - height + 1, bank.shape[3] - width + 1
+    places = [(rng.integers(len(bank)), rng.integers(rows), rng.integers(columns)) for _ in range(count)]
+    return torch.stack([bank[index, :, top:top + height, left:left + width] for index, top, left in places])
+
+
+def draw_sigmas(rng, count):
+    """Four in five between 0.05 and 0.75, the rest anywhere."""
+    common = rng.random(count) < 0.8
+    return torch.from_numpy(np.where(common, rng.uniform(0.05, 0.75, count), rng.uniform(0, 1, count)).astype(np.float32))
+
+
+def velocity(model, x, sigma):
+    """The model under the conditioning it is always used with; the host passes sigma itself as the timestep."""
+    text = torch.zeros(len(x), TEXT_TOKENS, TEXT_CHANNELS)
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x, sigma, text).float()
+
+
+def objective(model, latent, sigma):
+    noise = torch.randn_like(latent)
+    level = sigma.view(-1, 1, 1, 1)
+    x = level * noise + (1 - level) * latent
+    return functional.mse_loss(velocity(model, x, sigma), noise - latent)
+
+
+def denoised(model, x, sigma):
+    return x - sigma * velocity(model, x, torch.full((len(x),), sigma))
+
+
+def held_out_latents(encoder):
+    return [encode(encoder, torch.from_numpy(to_array(photo)).permute(2, 0, 1)[None]) for photo in held_out_photos().values()]
+
+
+def report(averaged, latents, arguments, row):
+    """Scores the averaged weights on held-out photos, logs the row, and saves them."""
+    with torch.no_grad():
+        row.update(denoising_gains(lambda x, sigma: denoised(averaged.module, x, sigma), latents))
+    append_row(arguments.curve, row)
+    save_half(averaged.module.state_dict(), arguments.out)
+
+
+def start(arguments):
+    model = build()
+    keep_residual_in_full_precision(model)
+    if arguments.resume:
+        model.load_state_dict(load_weights(arguments.resume))
+    return model
+
+
+def train(arguments):
+    worker = join_workers()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    model = start(arguments)
+    torch.manual_seed(arguments.seed + worker)
+    rng = np.random.default_rng(arguments.seed + worker)
+    encoder = load_encoder(arguments.autoencoder)
+    crops = Crops(arguments.seed + worker, synthetic_share=0.2)
+    bank, latents = latent_bank(encoder, crops, arguments.pictures, arguments.side), held_out_latents(encoder)
+    optimizers = optimizers_for(model.named_parameters(), ADAM_ONLY)
+    averaged, budget = Averaged(model), Budget(arguments.minutes)
+    losses, next_report = [], 2
+    while budget.advance():
+        latent = draw_windows(rng, bank)
+        loss = objective(model, latent, draw_sigmas(rng, len(latent)))
+        losses.append(take_step(loss, optimizers, budget.factor(), arguments.learning_rate))
+        averaged.update(model)
+        if worker == 0 and budget.minutes() > next_report:
+            report(averaged, latents, arguments, {"minutes": budget.minutes(), "step": budget.step, "loss": float(np.mean(losses))})
+            losses, next_report = [], budget.minutes() + 3
+    if worker == 0 and losses:
+        report(averaged, latents, arguments, {"minutes": budget.minutes(), "step": budget.step, "loss": float(np.mean(losses))})
+    if worker == 0:
+        gains = [f"over_{other}_{sigma}" for other in ("blur", "noisy") for sigma in SCORED_SIGMAS]
+        draw_curves(arguments.curve, arguments.curve.with_suffix(".png"), ["loss"], gains)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pictures", type=int, default=160, help="pictures in the latent bank")
+    parser.add_argument("--side", type=int, default=512, help="side of each in pixels")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--resume", type=Path, help="weights of an earlier run")
+    parser.add_argument("--autoencoder", type=Path, default=MODELS / "autoencoder.safetensors")
+    parser.add_argument("--out", type=Path, default=MODELS / "denoiser.safetensors")
+    parser.add_argument("--curve", type=Path, default=MODELS.parent / "denoiser_curve.csv")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    comfy.model_management.in_training = True
+    train(parse_arguments())

@@ -10,7 +10,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_attention_multiply import UNetCrossAttentionMultiply
 from comfy_extras.nodes_cfg import CFGNorm, CFGZeroStar
-from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode, WanContextWindowsManualNode
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_eps import EpsilonScaling, TemporalScoreRescaling
@@ -297,16 +297,22 @@ def test_context_windows_with_one_of_ours_are_context_windows_alone():
     assert torch.equal(sample(model, windowed_video(tiled(model.patcher, even_tree(1.0), **ONE_WINDOW)), latent, steps=2, cfg=3.0), alone)
 
 
-def test_kept_cells_are_the_original_of_their_own_frame_in_every_context_window():
-    model = load("wan21_t2v")
-    latent = video(model)
+def images_as_frames(patcher):
+    """Context windows of 3 images of a batch, which motion modules for SD 1.5 take for a video."""
+    return first(ContextWindowsManualNode.execute(patcher, 3, 1, "standard_static", 1, False, "pyramid", 0, False))
+
+
+@pytest.mark.parametrize("name, batch, divided", [("wan21_t2v", 1, windowed_video), ("sd15", 5, images_as_frames)])
+def test_kept_cells_are_the_original_of_their_own_frame_in_every_context_window(name, batch, divided):
+    model = load(name)
+    latent = video(model) if batch == 1 else model.latent(SIDE_PX, SIDE_PX, batch)
     original, off = model.patcher.model.process_latent_in(latent)[..., :16], []
 
     def guided(args):
         off.extend((args[key][..., :16] - original).abs().max() for key in ("cond_denoised", "uncond_denoised"))
         return args["denoised"]
 
-    patcher = windowed_video(tiled(model.patcher))
+    patcher = divided(tiled(model.patcher))
     patcher.set_model_sampler_post_cfg_function(guided)
     sample(model, patcher, latent, steps=2, cfg=3.0)
     assert len(off) == 4 and max(off) < 1e-5

@@ -294,7 +294,7 @@ export class Overlay {
     this.tip = make("div", "qtd-tip", { role: "tooltip" });
     this.tip.hidden = true;
     this.stage.append(this.base, this.top, this.tip);
-    this.line = make("div", "qtd-line", { id });
+    this.line = make("div", "qtd-line", { id, title: "The cost is for a picture of this size, windows of the default sizes and 20 steps." });
     this.live = make("div", "qtd-live", { "aria-live": "polite" });
     this.element.append(this.stage, this.buildLegend(), this.line, this.live);
     this.listen();

@@ -34,7 +34,7 @@ export function describeLeaf(leaf, steps) {
 /** The tree in words. */
 export function describeTree(tree) {
   const percent = (share) => `${Math.round(share * 100)} %`;
-  return `${tree.leaves.length} leaves, ${percent(tree.kept_share)} kept exactly. Estimated cost with windows of the default sizes: ${percent(tree.cost)} of sampling everything.`;
+  return `${tree.leaves.length} leaves, ${percent(tree.kept_share)} kept exactly. Estimated cost: ${percent(tree.cost)} of sampling everything.`;
 }
 
 function describeSteps(active, steps) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 import io
 import json
 
+import numpy
 import pytest
 import skimage.data
 from browser_tools import PICTURE, opened
@@ -117,7 +118,6 @@ def test_a_painted_leaf_survives_save_reload_and_conversion_and_changes_the_resu
     assert left <= 300 < left + side and top <= 100 < top + side and amount == 0
     saved = frontend.workflow()
     frontend.open()
-    frontend.problems.clear()
     frontend.load(saved)
     assert painted(frontend, tree_node) == [square]
     assert json.loads(frontend.prompt()[tree_node]["inputs"]["edits"]) == {"size": [600, 400], "squares": [square]}
@@ -198,7 +198,33 @@ def test_a_picture_of_another_aspect_than_the_edits_is_refused_with_the_way_out(
         frontend.server.run_graph(graph)
 
 
+def contrast(picture: bytes) -> float:
+    """Of the lightest to the darkest pixel, as WCAG 2 counts it."""
+    pixels = numpy.asarray(Image.open(io.BytesIO(picture)).convert("RGB")) / 255
+    linear = numpy.where(pixels <= 0.04045, pixels / 12.92, ((pixels + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ (0.2126, 0.7152, 0.0722)
+    return (luminance.max() + 0.05) / (luminance.min() + 0.05)
+
+
 @SOME
+@pytest.mark.parametrize("palette", ["light", "dark"])
+def test_text_stands_out_in_the_theme(frontend, tree_node, palette):
+    frontend.page.evaluate("palette => app.extensionManager.setting.set('Comfy.ColorPalette', palette)", palette)
+    run_and_show(frontend, tree_node)
+    touch(frontend, 300, 100)
+    frontend.page.wait_for_selector(".qtd-button:enabled")
+    frontend.page.wait_for_timeout(500)
+    frontend.shot(palette)
+    for part in (".qtd-line", ".qtd-button >> nth=0", ".qtd-legend span >> nth=0", ".qtd-tip"):
+        assert contrast(frontend.page.locator(part).screenshot()) > 4.5, part
+    frontend.set_value(tree_node, "max_leaf", 100)
+    frontend.page.wait_for_selector(".qtd-error")
+    assert contrast(frontend.page.locator(".qtd-line").screenshot()) > 4.5
+    assert "max_leaf: expected min_leaf (64) doubled" in line(frontend)
+    frontend.problems.clear()  # Chromium writes refused requests to the console
+
+
+@pytest.mark.parametrize("shared_frontend", ["newer-nodes2"], indirect=True)
 def test_a_second_tab_has_its_own_tree(frontend, tree_node, browser):
     sent = run_and_show(frontend, tree_node)
     with opened(browser, frontend.server, frontend.name) as second:

@@ -75,10 +75,8 @@ def _cut_mask(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
 
 
 def _cut_gligen(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
-    """The boxes inside the windows. Without any, the host's kind for a picture without boxes."""
-    kind, model, _ = entry["gligen"]
-    boxes = _boxes_in_window(entry, rects[0])
-    return {"gligen": (kind if boxes else "empty", model, boxes)}
+    """The boxes inside the windows, which may be none."""
+    return {"gligen": (*entry["gligen"][:2], _boxes_in_window(entry, rects[0]))}
 
 
 def _cut_entry_control(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:

@@ -15,9 +15,7 @@ from nodes import (
     ConditioningSetArea, ConditioningSetAreaPercentage, ConditioningSetAreaStrength, ConditioningSetMask, ConditioningSetTimestepRange)
 from seen import HEIGHT_PX, WIDTH_PX, assert_windows_are_their_parts_alone, assert_windows_see_their_part, denoised, every_batching, tiled
 from tiny_controls import picture, spread
-from tiny_models import FAMILIES, TOKENS, UNET, Call, Family, TinyModel, build, drawer, load, seeded_weights, with_prediction
-
-from qtd_pack.tiled_diffusion import KEY
+from tiny_models import TOKENS, UNET, Call, Family, TinyModel, build, drawer, load, seeded_weights, with_prediction
 
 
 def prompt(name: str, *values: float) -> list:
@@ -361,8 +359,7 @@ def test_boxes_act_on_a_real_window_as_on_that_part_alone(boxes, windows):
             if first[0] < last[0] and first[1] < last[1]:
                 clipped.append((name, last[0] - first[0], last[1] - first[1], *first))
         positive = model.positive(256, 256)
-        placed = with_boxes(gligen, clipped, positive) if clipped else [[tokens, extras | {"gligen": ("empty", gligen, [])}] for tokens, extras in positive]
-        return model.patcher, placed, model.negative(256, 256)
+        return model.patcher, with_boxes(gligen, clipped, positive), model.negative(256, 256)
     assert_windows_are_their_parts_alone(model, part_of, model.latent(256, 256), windows=windows)
 
 

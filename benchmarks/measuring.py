@@ -1,0 +1,86 @@
+"""How are things measured here? The host, medians of interleaved repetitions, and tables."""
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_module(name: str, file: Path, **spec_arguments):
+    """A module under a name of its own, so that its folder stays off sys.path."""
+    spec = importlib.util.spec_from_file_location(name, file, **spec_arguments)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def import_host() -> None:
+    """Make the host and the pack importable. The host's arguments are read when its modules are imported."""
+    # The pack's root would shadow the host's `nodes` and `utils`.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+    sys.path.insert(0, os.environ["COMFYUI_DIR"])
+    from comfy.cli_args import args
+
+    args.cpu = not torch.accelerator.is_available()
+    args.use_pytorch_cross_attention = True  # what the host uses on CUDA
+    args.base_directory = tempfile.mkdtemp(prefix="qtd-bench-")
+    load_module("qtd_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    sys.path.append(str(ROOT / "tests"))  # the small models
+
+
+def medians(actions: dict[str, Callable], repetitions: int) -> dict[str, float]:
+    """Median seconds of each action; one of each in turn, so that a busy machine is busy for all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for action in actions.values():
+        action()
+    for _ in range(repetitions):
+        for name, action in actions.items():
+            seconds[name].append(timed(action))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def timed(action: Callable) -> float:
+    synchronize()
+    start = time.perf_counter()
+    action()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.1f}"
+
+
+def machine() -> str:
+    """One paragraph: the date, the machine and the versions."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text("utf-8").splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    load = f", load {os.getloadavg()[0]:.1f} when it began" if hasattr(os, "getloadavg") else ""
+    return (
+        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC. {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{load}; {gpu}. "
+        f"Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}.\n")

@@ -19,7 +19,9 @@ every_batching = pytest.mark.parametrize("tiling", [
 ], ids=["1 window", "3 windows", "all windows", "without overlap"])
 
 
-def denoised(patcher, latent: torch.Tensor, positive: list, negative: list | None = None, *, cfg: float = 1.0, percents=(0.3, 0.6), noise=None, noise_mask=None) -> torch.Tensor:
+def denoised(
+    patcher, latent: torch.Tensor, positive: list, negative: list | None = None, *, cfg: float = 1.0, percents=(0.3, 0.6), noise=None, noise_mask=None,
+) -> torch.Tensor:
     """The denoised values of a sampling run at these places of the schedule, one after another, in the model's own scale."""
     seen = []
     sampling = patcher.get_model_object("model_sampling")
@@ -37,7 +39,9 @@ def tiled(patcher, height_px: int = HEIGHT_PX, width_px: int = WIDTH_PX, **setti
     return TiledDiffusion(even_tree(1.0, height_px, width_px), **settings).patched(patcher)
 
 
-def assert_windows_see_their_part(model: TinyModel, predict, positive: list, negative: list | None = None, *, tiling, latent=None, cfg=1.0, patcher=None, **options) -> None:
+def assert_windows_see_their_part(
+    model: TinyModel, predict, positive: list, negative: list | None = None, *, tiling, latent=None, cfg=1.0, patcher=None, **options,
+) -> None:
     """With a model that gives back what it was given, windows add up to what the whole is given.
 
     Where windows overlap all of them have to agree, for their weighted sum to be right everywhere.

@@ -45,6 +45,10 @@ def masked(cond, seed=7, strength=0.8, bounds="default"):
     return ConditioningSetMask().append(cond, mask, bounds, strength)[0]
 
 
+def in_range(cond, start, end):
+    return ConditioningSetTimestepRange().set_range(cond, start, end)[0]
+
+
 # Each gives the positive of prompts 1 and 3.
 PLACES = {
     "an area over a prompt": lambda one, other: one + area(other),
@@ -58,7 +62,7 @@ PLACES = {
     "masks": lambda one, other: masked(one) + masked(other, seed=8),
     "the bounds of a mask": lambda one, other: one + masked(other, bounds="mask bounds"),
     "a mask in an area": lambda one, other: one + area(masked(other)),
-    "ranges of time": lambda one, other: ConditioningSetTimestepRange().set_range(one, 0.0, 0.5)[0] + ConditioningSetTimestepRange().set_range(area(other), 0.2, 0.9)[0] + masked(other),
+    "ranges of time": lambda one, other: in_range(one, 0.0, 0.5) + in_range(area(other), 0.2, 0.9) + masked(other),
     "a default for the rest": lambda one, other: ConditioningSetDefaultAndCombine().set_default_and_combine(masked(other, strength=1.0), one)[0],
     "a default around an area": lambda one, other: ConditioningSetDefaultAndCombine().set_default_and_combine(masked(other, bounds="mask bounds"), one)[0],
     "hooks": lambda one, other: comfy.hooks.set_hooks_for_conditioning(masked(one), comfy.hooks.create_hook_lora({}, 1.0, 1.0)) + masked(other, seed=8),
@@ -78,12 +82,16 @@ def test_prompts_keep_their_places_beside_a_negative(places):
     assert_windows_see_their_part(load("sd15"), prompted, positive, prompt("sd15", 0.5) + area(prompt("sd15", 2.0), 160, 160, 320, 16), tiling={}, cfg=4.0)
 
 
+def masked_frames(cond):
+    return ConditioningSetMask().append(cond, torch.cat([blobs(seed) for seed in (1, 2, 3)]), "default", 1.0)[0]
+
+
 VIDEO_PLACES = {
     **{name: PLACES[name] for name in ("an area over a prompt", "areas at every border", "masks", "a default for the rest")},
     "an area in per cent of a video": lambda one, other: one + ConditioningSetAreaPercentageVideo().append(other, 0.3, 0.4, 1.0, 0.25, 0.35, 0.0, 1.5)[0],
     "an area of some frames": lambda one, other: one + ConditioningSetAreaPercentageVideo().append(other, 0.5, 0.5, 0.67, 0.2, 0.3, 0.33, 1.0)[0],
-    "a mask for every frame of an area": lambda one, other: one + area(ConditioningSetMask().append(other, torch.cat([blobs(seed) for seed in (1, 2, 3)]), "default", 1.0)[0]),
-    "a mask for every frame": lambda one, other: one + ConditioningSetMask().append(other, torch.cat([blobs(seed) for seed in (1, 2, 3)]), "default", 1.0)[0],
+    "a mask for every frame of an area": lambda one, other: one + area(masked_frames(other)),
+    "a mask for every frame": lambda one, other: one + masked_frames(other),
 }
 
 
@@ -220,7 +228,8 @@ def test_a_mask_of_the_attention_has_the_windows_tokens_on_both_axes():
         height, width = (length // 2 for length in call.x.shape[-2:])
         planes = torch.stack([own, of_text, to_text], 1).unflatten(2, (height, width))
         return spread(planes.repeat_interleave(2, -2).repeat_interleave(2, -1), 16)
-    positive = [[value, extras | {"attention_mask": bias, "attention_mask_img_shape": (H // 2, W // 2)}] for value, extras in load("flux_dev").positive(8 * H, 8 * W)]
+    masked_by = {"attention_mask": bias, "attention_mask_img_shape": (H // 2, W // 2)}
+    positive = [[value, extras | masked_by] for value, extras in load("flux_dev").positive(8 * H, 8 * W)]
     latent = load("flux_dev").latent(8 * H, 8 * W)
     for size in (1, 3):
         assert_windows_see_their_part(load("flux_dev"), predict, positive, latent=latent, tiling=dict(tile_batch_size=size), percents=(0.3,))
@@ -338,7 +347,8 @@ def test_a_window_without_boxes_is_a_picture_without_boxes():
     def count(call):
         counts.append(len(call.transformer_options["patches"]["middle_patch"][0].boxes))
         return call.x
-    denoised(with_prediction(tiled(load("sd15").patcher), count), load("sd15").latent(HEIGHT_PX, WIDTH_PX), with_boxes(controls.echo_gligen(), [(1, 4, 4, 0, 0)]), percents=(0.3,))
+    positive = with_boxes(controls.echo_gligen(), [(1, 4, 4, 0, 0)])
+    denoised(with_prediction(tiled(load("sd15").patcher), count), load("sd15").latent(HEIGHT_PX, WIDTH_PX), positive, percents=(0.3,))
     assert sorted(set(counts)) == [0, 1] and counts.count(1) == 1
 
 
@@ -363,14 +373,14 @@ def test_boxes_act_on_a_real_window_as_on_that_part_alone(boxes, windows):
     assert_windows_are_their_parts_alone(model, part_of, model.latent(256, 256), windows=windows)
 
 
-def part_of_value(value, cells, px, height: int, width: int, cell_px: int):
+def part_of_value(value, cells, px, side: int, cell_px: int):
     """The part of everything in a conditioning that is as large as the latent, or as the picture."""
     if isinstance(value, list):
-        return [part_of_value(one, cells, px, height, width, cell_px) for one in value]
+        return [part_of_value(one, cells, px, side, cell_px) for one in value]
     if torch.is_tensor(value) and value.ndim >= 3 and cells is not ...:
-        if tuple(value.shape[-2:]) == (height, width):
+        if tuple(value.shape[-2:]) == (side, side):
             return value[cells]
-        if tuple(value.shape[-2:]) == (height * cell_px, width * cell_px):
+        if tuple(value.shape[-2:]) == (side * cell_px, side * cell_px):
             return value[px]
     return value
 
@@ -383,8 +393,10 @@ def test_a_window_of_a_real_network_is_conditioned_as_that_part_alone(name, wind
     side = 32 * model.cell_px
 
     def part_of(cells, px):
-        conds = model.positive(side, side), model.negative(side, side)
-        return model.patcher, *([[tokens, {key: part_of_value(value, cells, px, 32, 32, model.cell_px) for key, value in extras.items()}] for tokens, extras in cond] for cond in conds)
+        conds = []
+        for ((tokens, extras),) in (model.positive(side, side), model.negative(side, side)):
+            conds.append([[tokens, {key: part_of_value(value, cells, px, 32, model.cell_px) for key, value in extras.items()}]])
+        return model.patcher, *conds
     assert_windows_are_their_parts_alone(model, part_of, model.latent(side, side), windows=windows)
 
 
@@ -395,8 +407,10 @@ def test_a_mask_of_the_latent_inside_the_conditionings_is_cut(name):
     latent = model.latent(side, side)
     mask = torch.nn.functional.interpolate(picture(side, side)[..., 0][None], (32, 32), mode="area").expand(1, 3, 32, 32).unsqueeze(1).clone()
     mask[:, :, 0] = 0
-    assert_windows_see_their_part(model, given("denoise_mask"), model.positive(side, side), latent=latent, tiling=dict(min_window=8 * model.cell_px, max_window=8 * model.cell_px, tile_overlap=2 * model.cell_px), noise_mask=mask)
-    assert_windows_are_their_parts_alone(model, lambda cells, px: (model.patcher, model.positive(side, side), model.negative(side, side)), latent, windows=4, noise_mask=mask)
+    conds = model.positive(side, side), model.negative(side, side)
+    tiling = dict(min_window=8 * model.cell_px, max_window=8 * model.cell_px, tile_overlap=2 * model.cell_px)
+    assert_windows_see_their_part(model, given("denoise_mask"), *conds, latent=latent, tiling=tiling, noise_mask=mask)
+    assert_windows_are_their_parts_alone(model, lambda cells, px: (model.patcher, *conds), latent, windows=4, noise_mask=mask)
 
 
 class GuideVAE:
@@ -409,7 +423,8 @@ class GuideVAE:
 
 
 @pytest.mark.parametrize("windows", [1, 4])
-@pytest.mark.parametrize("guide", [dict(frames=1), dict(frames=9), dict(frames=1, factor=2), dict(frames=9, masked=True), dict(frames=1, factor=2, masked=True)], ids=str)
+@pytest.mark.parametrize("guide", [
+    dict(frames=1), dict(frames=9), dict(frames=1, factor=2), dict(frames=9, masked=True), dict(frames=1, factor=2, masked=True)], ids=str)
 def test_guides_of_a_video_belong_to_their_place(guide, windows):
     """LTXVAddGuide appends frames to the latent, and lists every token of theirs."""
     model, frames = load("ltxv"), guide["frames"]
@@ -429,14 +444,19 @@ def test_guides_of_a_video_belong_to_their_place(guide, windows):
         model, lambda cells, px: (model.patcher, *guided(cells, px)[:2]), latent["samples"], windows=windows, noise_mask=latent["noise_mask"], edge=8)
 
 
+def tiny(name: str, config: type, sizes: dict) -> TinyModel:
+    model = build(config, sizes)
+    model.load_model_weights(seeded_weights(model.diffusion_model), "")
+    patcher = comfy.model_patcher.CoreModelPatcher(model, load_device=controls.CPU, offload_device=controls.CPU)
+    return TinyModel(name, Family(config, sizes), patcher)
+
+
 def svd() -> TinyModel:
     """Stable Video Diffusion: the frames are the rows of the batch."""
     sizes = UNET | dict(
         in_channels=8, num_classes="sequential", adm_in_channels=768, use_temporal_resblock=True, use_temporal_attention=True, use_linear_in_transformer=True,
         extra_ff_mix_layer=True, use_spatial_context=True, merge_strategy="learned_with_images", merge_factor=0.0, video_kernel_size=[3, 1, 1])
-    model = build(supported.SVD_img2vid, sizes)
-    model.load_model_weights(seeded_weights(model.diffusion_model), "")
-    return TinyModel("svd", Family(supported.SVD_img2vid, sizes), comfy.model_patcher.CoreModelPatcher(model, load_device=controls.CPU, offload_device=controls.CPU))
+    return tiny("svd", supported.SVD_img2vid, sizes)
 
 
 @pytest.mark.parametrize("windows", [1, 4])
@@ -466,9 +486,7 @@ def hidream_o1() -> TinyModel:
         image_model="hidream_o1",
         text_config_overrides=dict(hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1),
         vision_config_overrides=dict(hidden_size=32, num_heads=2, intermediate_size=32, depth=1, deepstack_visual_indexes=()))
-    model = build(supported.HiDreamO1, sizes)
-    model.load_model_weights(seeded_weights(model.diffusion_model), "")
-    return TinyModel("hidream_o1", Family(supported.HiDreamO1, sizes), comfy.model_patcher.CoreModelPatcher(model, load_device=controls.CPU, offload_device=controls.CPU))
+    return tiny("hidream_o1", supported.HiDreamO1, sizes)
 
 
 @pytest.mark.parametrize("references", [0, 1])
@@ -480,7 +498,7 @@ def test_hidream_o1_lists_the_tokens_of_the_window(references):
     settings = dict(min_window=128, max_window=128, tile_overlap=0, tile_batch_size=2)
     patcher = with_prediction(tiled(model.patcher, 256, 256, **settings), lambda call: calls.append(call) or call.x)
     denoised(patcher, torch.zeros(1, 3, 256, 256) + 0.1, [[None, extras]], percents=(0.3,))
-    expected = model.patcher.model.extra_conds(text_input_ids=ids, noise=torch.zeros(1, 3, 128, 128), device=controls.CPU, reference_latents=extras.get("reference_latents"))
+    expected = model.patcher.model.extra_conds(**extras, noise=torch.zeros(1, 3, 128, 128), device=controls.CPU)
     assert [tuple(call.x.shape) for call in calls] == [(2, 3, 128, 128)] * 2
     for call in calls:
         for key, cond in expected.items():

@@ -8,7 +8,7 @@ import tiny_controls as controls
 import torch
 from comfy_extras.nodes_controlnet import ControlNetInpaintingAliMamaApply
 from comfy_extras.nodes_model_patch import QwenImageDiffsynthControlnet, ZImageFunControlnet
-from nodes import ConditioningSetArea, ConditioningSetMask, ControlNetApply, ControlNetApplyAdvanced
+from nodes import ConditioningSetArea, ConditioningSetMask, ConditioningSetTimestepRange, ControlNetApply, ControlNetApplyAdvanced
 from seen import HEIGHT_PX, WIDTH_PX, assert_windows_see_their_part, denoised, every_batching, tiled
 from tiny_controls import EchoVAE, echo_adapter, echo_control, echoed, picture
 from tiny_models import drawer, load, with_prediction
@@ -63,6 +63,18 @@ def test_a_window_sees_its_part_of_the_hint(kind, tiling):
 @every_echo
 def test_cond_and_uncond_see_their_part_of_the_hint(kind):
     model, positive, negative = of_kind(kind)
+    assert_windows_see_their_part(model, echoed, positive, negative, tiling=dict(tile_batch_size=3), cfg=4.0)
+
+
+def test_an_adapter_of_two_cells_in_windows_of_an_odd_number():
+    model, positive, negative = of_kind("an adapter of two cells")
+    assert_windows_see_their_part(model, echoed, positive, negative, latent=model.latent(120, WIDTH_PX), tiling={})
+
+
+def test_an_adapter_serves_batches_of_any_size():
+    """At the second step one of its conditionings has ended: fewer rows share its batch."""
+    model, positive, negative = of_kind("an adapter")
+    positive = positive + ConditioningSetTimestepRange().set_range(positive, 0.0, 0.5)[0]
     assert_windows_see_their_part(model, echoed, positive, negative, tiling=dict(tile_batch_size=3), cfg=4.0)
 
 

@@ -170,6 +170,10 @@ class Run:
             return txt2img_share_at(strengths, progress, len(self.schedule) - 1)
         return share_at(self.settings.schedule, strengths, progress)
 
+    def least_share(self, progress: float) -> float:
+        """The least share of any cell; asks the CPU, and no device."""
+        return float(self.share(progress, self.levels).min())
+
     def plan(self, progress: float) -> tuple[TilePlan, Blend]:
         """The windows and their weights at a progress: made once for each set of active strengths and each shift."""
         active = int((self.share(progress, self.levels) > 0).sum())
@@ -263,7 +267,7 @@ def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
         results = executor(model, conds, x, sigma, model_options)
     else:
         results = _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, blend, progress)
-    if run.original is None:
+    if run.original is None or run.least_share(progress) > 0:
         return results
     # Guidance of other nodes reads these results, too: a kept cell is the original in each of them.
     kept = run.share(progress, run.strengths) == 0

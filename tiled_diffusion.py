@@ -251,7 +251,10 @@ def _predict_noise(executor, x, sigma, model_options={}, *args, **kwargs):
         return executor(x, sigma, model_options, *args, **kwargs)
     _check_size(x, run)
     denoised = executor(x, sigma, model_options, *args, **kwargs)
-    share = run.share(run.progress(sigma), run.strengths).to(denoised)
+    progress = run.progress(sigma)
+    if run.least_share(progress) == 1:
+        return denoised
+    share = run.share(progress, run.strengths).to(denoised)
     return torch.lerp(x if run.original is None else _like(run.original, denoised), denoised, share)
 
 

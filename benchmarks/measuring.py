@@ -51,11 +51,17 @@ def medians(actions: dict[str, Callable], repetitions: int) -> dict[str, float]:
 
 
 def timed(action: Callable) -> float:
+    """Seconds; with one thread on a CPU those of the processor, which other programs do not lengthen."""
+    clock = time.process_time if uses_processor_time() else time.perf_counter
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     action()
     synchronize()
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def uses_processor_time() -> bool:
+    return torch.get_num_threads() == 1 and not torch.accelerator.is_available()
 
 
 def synchronize() -> None:
@@ -82,5 +88,6 @@ def machine() -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     load = f", load {os.getloadavg()[0]:.1f} when it began" if hasattr(os, "getloadavg") else ""
     return (
-        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC. {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{load}; {gpu}. "
-        f"Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}.\n")
+        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC. {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} of them used{load}; {gpu}. "
+        f"Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}. "
+        f"Times are {'processor seconds of one thread' if uses_processor_time() else 'seconds of the clock'}.\n")

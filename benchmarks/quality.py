@@ -14,6 +14,8 @@ gradient energy on borders over that elsewhere, freed of the content that happen
 Leaf borders. The same where two leaves differ in strength. The picture without a line there is made of those sampled
 evenly with the one strength and the other, faded into each other over four cells.
 
+Edges of kept parts. The energy of the lines around them over that of the same lines in the original.
+
 Ghosts. How much of the original's fine detail is still in leaves of one strength: the slope of the regression of the
 result on the original, both less their local mean. What plain img2img of that strength keeps is the level.
 """
@@ -24,9 +26,7 @@ import contextlib
 import functools
 import importlib.util
 import math
-import os
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,42 +42,23 @@ PICTURE_PX = 384
 WINDOW_PX = PICTURE_PX // 2
 
 
-def load_module(name: str, file: Path, **spec_arguments):
-    """A module under a name of its own, so that its folder stays off sys.path."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file, **spec_arguments)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+if "comfy" not in sys.modules:
+    from measuring import import_host
 
-
-def import_host() -> None:
-    """Make the host importable, on the CPU, unless it already is. Its arguments are read when its modules are imported."""
-    if "comfy" in sys.modules:
-        return
-    # The pack's root would shadow the host's `nodes` and `utils`.
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-    sys.path.insert(0, os.environ["COMFYUI_DIR"])
-    from comfy.cli_args import args
-
-    args.cpu = args.use_pytorch_cross_attention = True
-    args.base_directory = tempfile.mkdtemp(prefix="qtd-quality-")
-
-
-import_host()
+    import_host()
 import comfy.patcher_extension  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 
-load_module("qtd_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
 from qtd_pack import quadtree as trees  # noqa: E402
 from qtd_pack import tiled_diffusion, windows  # noqa: E402
 from qtd_pack.denoise_schedule import eased  # noqa: E402
 from qtd_pack.tiled_diffusion import KEY, TiledDiffusion  # noqa: E402
 
-photos = load_module("qtd_demo_photos", ROOT / "demo" / "photos.py")
+SPEC = importlib.util.spec_from_file_location("qtd_demo_photos", ROOT / "demo" / "photos.py")
+photos = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(photos)
 
 
 @dataclass(frozen=True)
@@ -291,10 +272,13 @@ def added_by_leaves(picture: torch.Tensor, tree: trees.Quadtree, evenly: dict[fl
 
 
 def kept_edge_ratio(result: torch.Tensor, original: torch.Tensor, tree: trees.Quadtree) -> float:
-    """The ratio at the lines between kept and changed leaves, by the difference from the original."""
+    """Energy of the lines between kept and changed leaves over that of the same lines in the original.
+
+    One side of them is the original, so nothing but an edge can differ.
+    """
     before, after = sides_of_lines(tree, original.shape[1] // CELL_PX, original.shape[2] // CELL_PX)
-    added, level = added_by((before == 0) != (after == 0), result, original, before != after)
-    return 1 + added / level
+    edges = (before == 0) != (after == 0)
+    return float(line_energy(result)[edges].sum() / line_energy(original)[edges].sum())
 
 
 def fine_detail(picture: torch.Tensor, radius: int = 8) -> torch.Tensor:
@@ -458,7 +442,7 @@ def leaf_figures(bench: Bench, name: str, schedule: str = "img2img") -> tuple[fl
         sums = added_by_leaves(painting.picture, tree, evenly)
         added, level = added + sums[0], level + sums[1]
         # Only leaves of 128 px have a middle that others hardly reach.
-        ghosts = [ghost(painting.picture, picture, close(painting.run.strengths, strength)) for strength in PATCH_STRENGTHS[1:]]
+        ghosts = [ghost(painting.picture, picture, close(painting.run.strengths.cpu(), strength)) for strength in PATCH_STRENGTHS[1:]]
     return 1 + added / level, ghosts
 
 

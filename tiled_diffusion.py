@@ -211,7 +211,7 @@ class Run:
             return
         kept = float((self.strengths == 0).double().mean()) if self.original is not None else 0.0
         line = (
-            f"{self.windows} of {self.grid_windows} windows over {len(self.schedule) - 1} steps, {self.cost / self.grid_cost:.2f} of the full cost; "
+            f"{self.windows} windows over {len(self.schedule) - 1} steps, {self.cost / self.grid_cost:.2f} of the cost of the full grid's {self.grid_windows}; "
             f"{100 * kept:.0f} % of the picture kept exactly")
         log.info(line)
         if self.settings.tell is not None:

@@ -147,7 +147,7 @@ def synthesise(rng, count, photos):
     fills = plain + photos
     makers = (
         lambda: fractal(rng, side, pixels), lambda: grating(rng, side, pixels), lambda: gradient(rng, side, pixels),
-        lambda: strokes(rng, side, pixels, fills), lambda: dead_leaves(rng, side, pixels, fills), lambda: dead_leaves(rng, side, pixels, fills),
+        lambda: strokes(rng, side, pixels, fills), *[lambda: dead_leaves(rng, side, pixels, fills)] * 2,
     )
     return [to_picture(makers[index % len(makers)]()) for index in range(count)]
 

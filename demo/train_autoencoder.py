@@ -14,7 +14,9 @@ import torch.nn.functional as functional
 
 from measures import psnr
 from photos import Crops, held_out_photos, to_array, to_picture
-from training import MODELS, Averaged, Budget, append_row, draw_curves, join_workers, load_weights, optimizers_for, save_half, take_step, use_host
+from training import (
+    MODELS, Averaged, Budget, append_row, draw_curves, join_workers, load_weights, optimizers_for, save_half, take_step, use_host,
+)
 
 use_host()
 from comfy.taesd.taesd import TAESD, Block
@@ -259,7 +261,7 @@ def train(arguments):
     crops = Crops(arguments.seed + worker, synthetic_share=arguments.synthetic_share)
     freeze(model, arguments.freeze_encoder)
     optimizers = optimizers_for(model.named_parameters(), ADAM_ONLY)
-    averaged, budget = Averaged(model), Budget(arguments.minutes)
+    averaged, budget = Averaged(model), Budget(arguments.minutes, 20 if arguments.resume else 100)
     losses, next_report = [], 1
     while budget.advance():
         pixels = torch.from_numpy(crops.batch(arguments.batch, arguments.side, arguments.side, 0.6, 2.5))

@@ -14,7 +14,9 @@ import torch.nn.functional as functional
 
 from measures import SCORED_SIGMAS, denoising_gains
 from photos import Crops, held_out_photos, to_array
-from training import MODELS, Averaged, Budget, append_row, draw_curves, join_workers, load_weights, optimizers_for, save_half, take_step, use_host
+from training import (
+    MODELS, Averaged, Budget, append_row, draw_curves, join_workers, load_weights, optimizers_for, save_half, take_step, use_host,
+)
 
 use_host()
 import comfy.model_management
@@ -46,6 +48,30 @@ class TrainingOps(comfy.ops.disable_weight_init):
             return super().forward(x.clone())
 
 
+# Where each block's attention looks at first, in patches down and right of its own.
+FIRST_LOOKS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (0, 0), (1, 1), (-1, -1), (0, 0))
+SHARP_FREQUENCIES = 6
+
+
+@torch.no_grad()
+def look_at_neighbours(model):
+    """Starts every block's attention as a soft look at a neighbouring patch, the same whatever is in it.
+
+    The biases of query and key alone make it: under rotary positions their product is a bump around the offset. From
+    random weights a transformer takes most of a short training to find out what is next to what.
+    """
+    size, axes = sum(SHAPE["axes_dim"]), SHAPE["axes_dim"]
+    layers = [model.double_blocks[0].img_attn.qkv] + [block.linear1 for block in model.single_blocks]
+    for layer, offsets in zip(layers, FIRST_LOOKS):
+        layer.weight[: 2 * size] *= 0.2
+        for axis, offset in zip((1, 2), offsets):
+            for index in range(SHARP_FREQUENCIES):
+                first = sum(axes[:axis]) + 2 * index
+                angle = torch.tensor(offset * SHAPE["theta"] ** (-2 * index / axes[axis]))
+                layer.bias[first], layer.bias[first + 1] = 2 * angle.cos(), 2 * angle.sin()
+                layer.bias[size + first] = 2
+
+
 def build(operations=TrainingOps):
     """The host's module; modulation and output start at zero, so every block starts as the identity."""
     model = Flux(dtype=torch.float32, operations=operations, **SHAPE)
@@ -56,6 +82,7 @@ def build(operations=TrainingOps):
             torch.nn.init.zeros_(parameter)
         else:
             torch.nn.init.xavier_uniform_(parameter)
+    look_at_neighbours(model)
     model.txt_in.weight.requires_grad_(False)
     return model
 
@@ -152,7 +179,7 @@ def train(arguments):
     crops = Crops(arguments.seed + worker, synthetic_share=0.2)
     bank, latents = latent_bank(encoder, crops, arguments.pictures, arguments.side), held_out_latents(encoder)
     optimizers = optimizers_for(model.named_parameters(), ADAM_ONLY)
-    averaged, budget = Averaged(model), Budget(arguments.minutes)
+    averaged, budget = Averaged(model), Budget(arguments.minutes, 20 if arguments.resume else 100)
     losses, next_report = [], 2
     while budget.advance():
         latent = draw_windows(rng, bank)

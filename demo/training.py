@@ -46,7 +46,7 @@ def agree(value, operation):
 class Budget:
     """Learning-rate factor over a time budget: short warmup, then a cosine to a hundredth."""
 
-    def __init__(self, minutes, warmup_steps=100):
+    def __init__(self, minutes, warmup_steps):
         self.start, self.seconds, self.warmup_steps = time.monotonic(), minutes * 60, warmup_steps
         self.step, self.progress = 0, 0.0
 
@@ -95,7 +95,7 @@ def tall(matrices):
 class Muon(torch.optim.Optimizer):
     """Momentum whose update of each weight matrix is orthogonalised (Jordan et al. 2024), scaled to the size of Adam's.
 
-    It learns this decoder in several times fewer steps than Adam. Convolutions count as out x (in * height * width).
+    Convolutions count as out x (in * height * width).
     """
 
     def __init__(self, parameters, momentum=0.95, weight_decay=0.01):

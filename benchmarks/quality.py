@@ -355,7 +355,7 @@ class Bench:
         """The whole canvas sampled evenly by the host alone; at 0 the original as the autoencoder gives it back."""
         if strength == 0:
             return self.once(("decoded", name), lambda: self.painter.decode(self.latent(name)))
-        return self.once(("img2img", name, strength), lambda: self.painter.img2img(self.latent(name), strength).picture)
+        return self.once(("img2img", name, strength), lambda: self.painter.img2img(self.latent(name), strength, noise_seed(name)).picture)
 
     def evenly(self, name: str, strength: float, schedule: str) -> torch.Tensor:
         """The whole canvas sampled evenly by a schedule."""
@@ -365,7 +365,12 @@ class Bench:
         return self.once(("evenly", name, strength, schedule), lambda: self.paint(name, settings).picture)
 
     def paint(self, name: str, settings: TiledDiffusion) -> Painting:
-        return self.painter.paint(self.latent(name), settings)
+        return self.painter.paint(self.latent(name), settings, seed=noise_seed(name))
+
+
+def noise_seed(name: str) -> int:
+    """Each picture has its own noise: at strength 1 it is all that there is."""
+    return sum(name.encode())
 
 
 def in_windows(tree: trees.Quadtree, **settings) -> TiledDiffusion:
@@ -382,10 +387,10 @@ WAYS = (
     ("whole canvas", {"min_window": 4096, "max_window": 4096}, None),
     ("grid without overlap", {"method": "MultiDiffusion", "tile_overlap": 0}, None),
     *((f"MultiDiffusion, overlap {overlap}", {"method": "MultiDiffusion", "tile_overlap": overlap}, None) for overlap in (16, 32, 64)),
-    *((f"Mixture, Gaussian, overlap {overlap}", {"tile_overlap": overlap}, gaussian_weight) for overlap in (16, 32, 64)),
+    *((f"Mixture, Gaussian, overlap {overlap}", {"tile_overlap": overlap}, gaussian_weight) for overlap in (32, 64)),
     *((f"Mixture, cosine, overlap {overlap}", {"tile_overlap": overlap}, None) for overlap in (16, 32, 64)),
     ("SpotDiffusion", {"method": "SpotDiffusion"}, None),
-    *((f"Mixture, cosine, overlap {overlap}, windows of 96", {"tile_overlap": overlap, "min_window": 96, "max_window": 96}, None) for overlap in (32, 64)),
+    ("Mixture, cosine, overlap 64, windows of 96", {"min_window": 96, "max_window": 96}, None),
 )
 
 
@@ -557,6 +562,14 @@ MEASURES = """
 - Seams and leaf borders: gradient energy on the borders over that elsewhere, content taken out; 1.00 is none.
 - Ghosts: the share of the original's fine detail that is still in leaves of a strength.
 - Exact: pixels that are the original's, bit for bit, among those of strength 0."""
+
+
+CHOICES = """
+- **Overlap 64 px, Mixture of Diffusers.** 32 px stays below 1.02 as well and costs less; 64 px agrees better with the whole canvas.
+- **A cosine as wide as what windows share**, in place of the paper's Gaussian, which passes from one window to the next within a cell or two. A model that makes the best of every step hides that; one that sees less beyond its window does not.
+- **Strengths ease over 4 cells** inside the leaf that changes more. Without it, a line shows between leaves.
+- **img2img**: what it keeps of the original in a redrawn leaf is what img2img of the whole canvas keeps. `blend` keeps more at every strength below 1.
+- **Windows of 512 to 1024 px** stay: larger windows agree better, and what a model was trained on is the limit."""
 
 
 def main(words: list[str]) -> int:

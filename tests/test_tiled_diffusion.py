@@ -152,7 +152,7 @@ def test_one_line_says_what_the_run_did(model, caplog):
     caplog.set_level(logging.INFO)
     sample(model, patched(model, striped_tree(0.0, 1.0), min_window=128, max_window=128), steps=4)
     lines = [record.getMessage() for record in caplog.records if record.name.endswith("tiled_diffusion")]
-    assert lines == ["8 of 16 windows over 4 steps, 0.50 of the full cost; 50 % of the picture kept exactly"]
+    assert lines == ["8 windows over 4 steps, 0.50 of the cost of the full grid's 16; 50 % of the picture kept exactly"]
 
 
 def test_two_samplers_two_runs_and_two_models_do_not_see_each_other(model):

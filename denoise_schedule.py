@@ -13,7 +13,7 @@ SCHEDULES = ("img2img", "blend", "ramp")
 # Without an original nothing can be preserved: a slower model still ends without noise, a stopped one does not.
 TXT2IMG_FLOOR = 0.70
 
-# Over how many cells a strength eases from 0 to 1; see eased.
+# Over how many cells strengths rise at a border; see eased.
 EASE_CELLS = 4
 
 # Half of the smallest step that a schedule of thousands of steps takes; strengths come from float32.
@@ -35,15 +35,16 @@ def share_at(schedule: str, strength: torch.Tensor, progress: float) -> torch.Te
 
 
 def eased(strength: torch.Tensor, cells: int) -> torch.Tensor:
-    """Let strengths rise by at most 1 / cells from a cell to the next: the least of s(q) + distance(p, q) / cells.
+    """Let the strength rise evenly over so many cells at every border, whatever the height of the step.
 
-    strength: (height, width). The slope lies in the leaf that changes more: no strength is raised, 0 stays 0, and what
-    is cells away from every weaker cell is as it was. A step between two strengths shows as a line in the result.
+    strength: (height, width). The rise lies in the leaf that changes more: no strength is raised, 0 stays 0, and what
+    is `cells` away from every weaker cell is as it was. A step between two strengths shows as a line in the result.
     """
-    for _ in range(cells):
-        nearest = -F.max_pool2d(-strength[None], 3, stride=1, padding=1)[0]
-        strength = torch.minimum(strength, nearest + 1 / cells)
-    return strength
+    rising = strength
+    for distance in range(1, cells):
+        weakest = -F.max_pool2d(-strength[None], 2 * distance + 1, stride=1, padding=distance)[0]
+        rising = torch.minimum(rising, torch.lerp(weakest, strength, distance / cells))
+    return rising
 
 
 def txt2img_share_at(strength: torch.Tensor, progress: float, steps: int) -> torch.Tensor:

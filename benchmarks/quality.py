@@ -386,8 +386,8 @@ def mean(values) -> float:
 WAYS = (
     ("whole canvas", {"min_window": 4096, "max_window": 4096}, None),
     ("grid without overlap", {"method": "MultiDiffusion", "tile_overlap": 0}, None),
-    *((f"MultiDiffusion, overlap {overlap}", {"method": "MultiDiffusion", "tile_overlap": overlap}, None) for overlap in (16, 32, 64)),
-    *((f"Mixture, Gaussian, overlap {overlap}", {"tile_overlap": overlap}, gaussian_weight) for overlap in (32, 64)),
+    *((f"MultiDiffusion, overlap {overlap}", {"method": "MultiDiffusion", "tile_overlap": overlap}, None) for overlap in (32, 64)),
+    ("Mixture, Gaussian, overlap 64", {}, gaussian_weight),
     *((f"Mixture, cosine, overlap {overlap}", {"tile_overlap": overlap}, None) for overlap in (16, 32, 64)),
     ("SpotDiffusion", {"method": "SpotDiffusion"}, None),
     ("Mixture, cosine, overlap 64, windows of 96", {"min_window": 96, "max_window": 96}, None),

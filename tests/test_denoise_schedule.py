@@ -66,9 +66,8 @@ def test_an_unknown_schedule_is_named():
 
 @pytest.mark.parametrize("strengths, expected", [
     ([0, 0, 1, 1, 1, 1], [0, 0, 0.25, 0.5, 0.75, 1]),
-    ([1, 1, 1, 0.5, 0.5, 0.5], [1, 1, 0.75, 0.5, 0.5, 0.5]),
-    ([0.5, 0.5, 0.6, 0.6, 0.6, 0.6], [0.5, 0.5, 0.6, 0.6, 0.6, 0.6]),
-    ([0, 0, 0.3, 0.3, 0, 0], [0, 0, 0.25, 0.25, 0, 0]),
+    ([1, 1, 1, 1, 0.5, 0.5], [1, 0.875, 0.75, 0.625, 0.5, 0.5]),
+    ([0, 0, 0.5, 0.5, 0, 0], [0, 0, 0.125, 0.125, 0, 0]),
 ])
 def test_strengths_ease_inside_the_leaf_that_changes_more(strengths, expected):
     rows = torch.tensor(strengths, dtype=torch.float32).expand(3, -1)

@@ -132,7 +132,7 @@ def measure_cells(image: torch.Tensor, cell_px: int, *, with_gradients: bool = T
     for top in range(0, image.shape[1], height):
         band = image[:, top:top + height + 1, :, :3].float()
         if with_gradients:
-            gradients.append(_blocks(_gradient_energy(band, height), cell_px, 1))
+            gradients.append(_blocks(_gradient_energy(band, height), cell_px, 1).sum(-1))
         band = band[:, :height]
         sums.append(_blocks(band, cell_px, 1))
         squares.append(_blocks(band.square(), cell_px, 1))
@@ -419,9 +419,9 @@ def _pool(values: torch.Tensor, side: int, how) -> torch.Tensor:
 
 
 def _gradient_energy(band: torch.Tensor, rows: int) -> torch.Tensor:
-    """Squared differences to the right and lower neighbour, summed over channels: (B, rows, W)."""
-    energy = F.pad((band[:, :, 1:] - band[:, :, :-1]).square().sum(-1), (0, 1))
-    energy[:, :band.shape[1] - 1] += (band[:, 1:] - band[:, :-1]).square().sum(-1)
+    """Squared differences to the right and lower neighbour, per channel: (B, rows, W, C)."""
+    energy = F.pad((band[:, :, 1:] - band[:, :, :-1]).square_(), (0, 0, 0, 1))
+    energy[:, :band.shape[1] - 1] += (band[:, 1:] - band[:, :-1]).square_()
     return energy[:, :rows]
 
 

@@ -128,8 +128,8 @@ def blend_weight(method: str, height: int, width: int, overlap: int) -> torch.Te
     """The weight of a window's cells, (height, width), above 0 everywhere.
 
     MultiDiffusion (arXiv 2302.08113) averages; Mixture of Diffusers (arXiv 2302.02412) trusts the middle. Its Gaussian
-    turns from one window to the next within two cells or so, which shows; here the weight is flat in the middle and falls
-    along each axis as a raised cosine over the cells that neighbours share, twice the overlap.
+    passes from one window to the next within two to seven cells; here the weight is flat in the middle and falls along
+    each axis as a raised cosine over all the cells that neighbours share, twice the overlap.
     """
     if method == "MultiDiffusion":
         return torch.ones(height, width)

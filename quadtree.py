@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 METRICS = ("variance", "gradient", "combined")
 
-# Rows that are summed at once: few enough for a processor's cache, enough to keep its threads busy.
-BAND_PX = 512
+# Pixels that are summed at once: few enough for a processor's cache, enough to keep its threads busy.
+BAND_PIXELS = 1 << 20
 
 # One level of an 8-bit picture: a smaller deviation is rounding, not detail.
 VISIBLE = 1.0
@@ -128,7 +128,7 @@ def measure_cells(image: torch.Tensor, cell_px: int, *, with_gradients: bool = T
     if image.ndim != 4 or 0 in image.shape:
         raise ValueError(f"image: expected a picture of shape (batch, height, width, channels), got {tuple(image.shape)}. Connect an IMAGE that is not empty.")
     sums, squares, gradients = [], [], []
-    height = max(BAND_PX // cell_px, 1) * cell_px
+    height = max(BAND_PIXELS // image.shape[2] // cell_px, 1) * cell_px
     for top in range(0, image.shape[1], height):
         band = image[:, top:top + height + 1, :, :3].float()
         if with_gradients:

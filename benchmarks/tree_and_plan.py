@@ -5,7 +5,8 @@ import math
 
 import torch
 from measuring import medians, milliseconds, table
-from qtd_pack.quadtree import Leaf, Quadtree, Rect, build_quadtree, draw_quadtree
+from qtd_pack.nodes import QuadtreeFromImage
+from qtd_pack.quadtree import Leaf, Quadtree, Rect, build_quadtree
 from qtd_pack.tiled_diffusion import strengths_in_cells
 from qtd_pack.windows import full_grid, plan_blend, plan_windows, window_sizes
 
@@ -42,8 +43,9 @@ def recursion(image: torch.Tensor, min_leaf: int = 64, max_leaf: int = 1024) -> 
 
 
 def node(image: torch.Tensor) -> None:
-    """What QuadtreeFromImage does: the tree and the overlay."""
-    draw_quadtree(image, build_quadtree(image))
+    """QuadtreeFromImage as a user runs it: the tree, the overlay, and the finer statistics that its live dial needs."""
+    settings = dict(detail_budget=0.4, content_threshold=25.0, min_leaf=64, max_leaf=1024, min_denoise=0.0, max_denoise=1.0, metric="variance")
+    QuadtreeFromImage.execute(image, **settings)
 
 
 def one_pass(image: torch.Tensor) -> None:

@@ -136,10 +136,12 @@ class Run:
     def begin(self, model, conds, sigmas, noise, latent) -> None:
         """Learn what this run is about: the original, the strengths, the schedule and the windows' sizes."""
         settings = self.settings
-        self.strengths = strengths_in_cells(settings.tree, *latent.shape[-2:], settings.skip_diffusion_below)
+        self.leaf_strengths = strengths_in_cells(settings.tree, *latent.shape[-2:], settings.skip_diffusion_below)
         self.original = self._find_original(model, noise, latent)
-        self.strengths = self.strengths.to(latent.device)
-        self.levels = self.strengths.unique().cpu()
+        # At most half the smallest leaf, so that every leaf reaches its strength.
+        ease = min(EASE_CELLS, settings.tree.min_leaf * latent.shape[-1] // settings.tree.width // 2)
+        self.strengths = eased(self.leaf_strengths, ease).to(latent.device)
+        self.levels = self.leaf_strengths.unique()
         schedule = sigmas if settings.sigmas is None else settings.sigmas
         self.schedule = tuple(schedule.tolist())
         self.sizes = settings.sizes(model, latent.shape)
@@ -159,7 +161,7 @@ class Run:
             return None
         if not bool(torch.count_nonzero(noise)):
             log.warning("this stage starts without noise, so it cannot know the original: nothing is preserved. Connect the encoded picture to `original`.")
-            self.strengths.fill_(1)
+            self.leaf_strengths.fill_(1)
         return latent
 
     def progress(self, sigma: torch.Tensor) -> float:
@@ -175,11 +177,11 @@ class Run:
         return float(self.share(progress, self.levels).min())
 
     def plan(self, progress: float) -> tuple[TilePlan, Blend]:
-        """The windows and their weights at a progress: made once for each set of active strengths and each shift."""
+        """The windows and their weights at a progress: made once for each set of active leaves and each shift."""
         active = int((self.share(progress, self.levels) > 0).sum())
         offset = self.offsets[min(int(progress * len(self.offsets) + 1e-5), len(self.offsets) - 1)]
         if (active, offset) not in self.plans:
-            cells = self.share(progress, self.strengths.cpu()) > 0
+            cells = self.share(progress, self.leaf_strengths) > 0
             plan = plan_windows(cells, self.sizes, self.cost_of, offset)
             self.plans[active, offset] = plan, plan_blend(self.settings.method, plan, self.sizes.overlap, self.strengths.device)
         return self.plans[active, offset]
@@ -391,11 +393,10 @@ def _tokens_beside(model_conds, shape, patch: int) -> tuple[int, int]:
 
 
 def strengths_in_cells(tree: Quadtree, height: int, width: int, skip_below: float = 0.0) -> torch.Tensor:
-    """The strengths that a latent of height x width is sampled with."""
+    """The strengths of the leaves over a latent of height x width; windows are planned for these."""
     strengths = strength_raster(tree, height, width)
     strengths[strengths < skip_below] = 0
-    # At most half the smallest leaf, so that every leaf reaches its strength.
-    return eased(strengths, min(EASE_CELLS, tree.min_leaf * width // tree.width // 2))
+    return strengths
 
 
 def _run_of(model_options) -> Run | None:

@@ -87,7 +87,7 @@ class TiledDiffusion:
             model.add_wrapper_with_key(kind, KEY, wrapper)
         return model
 
-    def sizes(self, model, shape) -> WindowSizes:
+    def sizes(self, model) -> WindowSizes:
         """The windows' sizes in cells of this model's latents."""
         cell_px = model.latent_format.spacial_downscale_ratio
         overlap = 0 if self.method == "SpotDiffusion" else self.tile_overlap
@@ -112,7 +112,7 @@ class TiledDiffusion:
 
     def _prepare_sampling(self, executor, model, noise_shape, conds, *args, **kwargs):
         """Report the shape of one window batch, so that memory is set aside for it and not for the canvas."""
-        sizes = self.sizes(model.model, noise_shape)
+        sizes = self.sizes(model.model)
         height, width = sizes.shape(sizes.sides[-1], *noise_shape[-2:])
         shape = [noise_shape[0] * max(self.tile_batch_size, 1), *noise_shape[1:-2], height, width]
         return executor(model, min(shape, list(noise_shape), key=math.prod), conds, *args, **kwargs)
@@ -144,7 +144,7 @@ class Run:
         self.levels = self.leaf_strengths.unique()
         schedule = sigmas if settings.sigmas is None else settings.sigmas
         self.schedule = tuple(schedule.tolist())
-        self.sizes = settings.sizes(model, latent.shape)
+        self.sizes = settings.sizes(model)
         self.cost_of = window_cost(model, conds, latent.shape)
         self.grid = full_grid(*latent.shape[-2:], self.sizes, self.cost_of)
         steps = len(self.schedule) - 1

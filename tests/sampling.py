@@ -6,6 +6,7 @@ import contextlib
 import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
+import tiny_models
 import torch
 from tiny_models import TinyModel, load
 
@@ -56,9 +57,7 @@ def calls_of(patcher):
 
 def with_prediction(patcher, predict):
     """A clone whose model returns predict(x, sigma) as denoised, whatever its weights say."""
-    clone = patcher.clone()
-    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "prediction", lambda executor, x, t, *args, **kwargs: predict(x, t))
-    return clone
+    return tiny_models.with_prediction(patcher, lambda call: predict(call.x, call.sigma))
 
 
 __all__ = ["SIDE_PX", "calls_of", "even_tree", "load", "patched", "sample", "striped_tree", "with_prediction"]

@@ -15,7 +15,8 @@ import torch.nn.functional as functional
 from measures import psnr
 from photos import Crops, held_out_photos, to_array, to_picture
 from training import (
-    MODELS, Averaged, Budget, append_row, draw_curves, join_workers, load_weights, optimizers_for, save_half, take_step, use_host,
+    MODELS, Averaged, Budget, append_row, draw_curves, join_workers, load_weights, optimizers_for, reduced_precision, save_half,
+    take_step, use_host,
 )
 
 use_host()
@@ -200,7 +201,14 @@ def whole_objective(model, pixels, latent_noise):
     return picture_loss(model.taesd_decoder(noisy(latent, latent_noise)), pixels) + power_loss(latent)
 
 
-OBJECTIVES = {"cells": cells_objective, "pixels": pixels_objective, "whole": whole_objective}
+def squares_objective(model, pixels, latent_noise):
+    """The whole model's squared error alone, for the last minutes: what PSNR measures."""
+    latent = model.taesd_encoder(pixels)
+    decoded = model.taesd_decoder(noisy(latent, latent_noise)).float()
+    return 20 * functional.mse_loss(decoded, pixels) + power_loss(latent)
+
+
+OBJECTIVES = {"cells": cells_objective, "pixels": pixels_objective, "whole": whole_objective, "squares": squares_objective}
 
 
 @torch.no_grad()
@@ -209,7 +217,7 @@ def held_out_psnr(model, folder=None):
     results = {}
     for name, photo in held_out_photos().items():
         pixels = torch.from_numpy(to_array(photo)).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with reduced_precision():
             decoded = reconstruct(model, pixels).float().clamp(0, 1)
         results[name] = psnr(decoded, pixels)
         if folder:
@@ -265,7 +273,7 @@ def train(arguments):
     losses, next_report = [], 1
     while budget.advance():
         pixels = torch.from_numpy(crops.batch(arguments.batch, arguments.side, arguments.side, 0.6, 2.5))
-        with torch.autocast("cpu", torch.bfloat16):
+        with reduced_precision():
             loss = OBJECTIVES[arguments.stage](model, pixels.contiguous(memory_format=torch.channels_last), arguments.latent_noise)
         losses.append(take_step(loss, optimizers, budget.factor(), arguments.learning_rate))
         averaged.update(model)

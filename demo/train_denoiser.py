@@ -15,7 +15,8 @@ import torch.nn.functional as functional
 from measures import SCORED_SIGMAS, denoising_gains
 from photos import Crops, held_out_photos, to_array
 from training import (
-    MODELS, Averaged, Budget, append_row, draw_curves, join_workers, load_weights, optimizers_for, save_half, take_step, use_host,
+    MODELS, Averaged, Budget, append_row, draw_curves, join_workers, load_weights, optimizers_for, reduced_precision, save_half,
+    take_step, use_host,
 )
 
 use_host()
@@ -106,7 +107,7 @@ def load_encoder(path):
 @torch.no_grad()
 def encode(encoder, pixels):
     """Pixels, 0 to 1, to latents as the diffusion model sees them (the host's process_latent_in applied)."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with reduced_precision():
         return encoder(pixels.contiguous(memory_format=torch.channels_last)).float().contiguous()
 
 
@@ -133,7 +134,7 @@ def draw_sigmas(rng, count):
 def velocity(model, x, sigma):
     """The model under the conditioning it is always used with; the host passes sigma itself as the timestep."""
     text = torch.zeros(len(x), TEXT_TOKENS, TEXT_CHANNELS)
-    with torch.autocast("cpu", torch.bfloat16):
+    with reduced_precision():
         return model(x, sigma, text).float()
 
 

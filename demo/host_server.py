@@ -163,7 +163,11 @@ class HostServer:
 
         Raises HostError if the graph is refused or a node fails, with the host's own words.
         """
-        prompt_id = self.post("/prompt", {"prompt": graph, "client_id": uuid.uuid4().hex})["prompt_id"]
+        answer = self.post("/prompt", {"prompt": graph, "client_id": uuid.uuid4().hex})
+        # The host runs what it can of a graph with more than one output, and names the nodes that it leaves out.
+        if answer["node_errors"]:
+            raise HostError(f"ComfyUI took only part of the graph: {json.dumps(answer['node_errors'])}")
+        prompt_id = answer["prompt_id"]
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             self._check_alive()

@@ -85,17 +85,13 @@ def test_no_held_out_photo_is_among_the_training_photos():
     assert not set(photos.HELD_OUT) & set(photos.TRAINING)
 
 
-def test_held_out_photos_survive_the_autoencoder_at_29_db_on_average(images, decoded):
-    assert np.mean([measures.psnr(decoded[name], images[name]) for name in photos.HELD_OUT]) >= 29.0
-
-
 @pytest.mark.parametrize(
     ("name", "linear_codec_db"),
     # The 16 principal components of 8 x 8 px blocks of nine of the training photos.
     [("astronaut", 28.5), ("camera", 29.8), ("coffee", 27.6)],
 )
-def test_each_held_out_photo_survives_better_than_under_a_linear_codec_of_as_many_channels(name, linear_codec_db, images, decoded):
-    assert measures.psnr(decoded[name], images[name]) >= linear_codec_db + 0.3
+def test_each_held_out_photo_survives_the_autoencoder_at_29_db_and_better_than_a_linear_codec(name, linear_codec_db, images, decoded):
+    assert measures.psnr(decoded[name], images[name]) >= max(29.0, linear_codec_db + 1.0)
 
 
 def step_energy(picture, borders):

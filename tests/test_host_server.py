@@ -30,6 +30,14 @@ def test_a_graph_that_the_host_refuses_raises_with_the_input_at_fault(server):
         server.run_graph(graph)
 
 
+def test_a_graph_of_which_the_host_would_run_only_a_part_raises_too(server):
+    graph = replace_graph("l")
+    graph["3"] = {"class_type": "PreviewAny", "inputs": {"source": ["4", 0]}}
+    graph["4"] = {"class_type": "RegexReplace", "inputs": {"string": "leaf", "replace": "r"}}
+    with pytest.raises(HostError, match="only part of the graph.*Required input is missing.*regex_pattern"):
+        server.run_graph(graph)
+
+
 def test_a_host_that_ends_at_once_raises_with_the_end_of_its_log(comfyui_dir, tmp_path):
     with pytest.raises(HostError, match="(?s)ended with exit code 2.*unrecognized arguments: --no-such-option"):
         with HostServer(comfyui_dir, tmp_path, ("--no-such-option",)):

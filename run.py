@@ -1,4 +1,4 @@
-"""One door to the project: makes what it needs, then runs the demo, the tests, a server or the benchmarks.
+"""One door to the project: makes what it needs, then runs the demo, the tests, a server, the benchmarks or a training.
 
 Standard library only. What it makes lies in the user's cache folder and is shared by every clone.
 """
@@ -42,6 +42,7 @@ COMMANDS = {
     "test": ("-m", "pytest", "-c", "tests/pytest.ini"),
     "serve": (),  # serve_arguments gives them
     "bench": ("benchmarks/run_all.py",),
+    "train": ("demo/train.py",),
 }
 # Modules that the Python running this file must have to be used with a ComfyUI of the user's own.
 HOST_NEEDS = ("torch", "aiohttp", "safetensors")
@@ -54,6 +55,7 @@ usage: python run.py COMMAND [arguments]
   test [pytest args]    run the tests
   serve [host args]     ComfyUI with this pack; then open the address that it prints
   bench [args]          run the benchmarks
+  train [MINUTES]       train the demo's models from nothing, in about two hours
 
 The first run makes an environment of about 7 GB in the cache folder and takes some minutes; later
 runs, other clones included, use it again. The cache folder is quadtree-tiled-diffusion inside

@@ -161,13 +161,13 @@ def mirrored(picture, height, width):
 
 
 def recolour(rng, crop):
-    """Mostly small changes of contrast and channel balance; rarely channels swapped, or grey."""
+    """Small changes of contrast and channel balance; now and then channels swapped, or grey."""
     kind = rng.random()
-    if kind < 0.05:
+    if kind < 0.12:
         crop = crop[..., rng.permutation(3)]
-    elif kind < 0.12:
+    elif kind < 0.18:
         crop = np.repeat(crop @ np.float32([[0.299], [0.587], [0.114]]), 3, -1)
-    gain = rng.uniform(0.8, 1.2) * rng.uniform(0.93, 1.07, 3)
+    gain = rng.uniform(0.8, 1.2) * rng.uniform(0.9, 1.1, 3)
     return np.clip((crop - 0.5) * gain.astype(np.float32) + 0.5 + np.float32(rng.uniform(-0.1, 0.1)), 0, 1)
 
 

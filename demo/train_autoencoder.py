@@ -15,7 +15,7 @@ import torch.nn.functional as functional
 from measures import psnr
 from photos import Crops, held_out_photos, to_array, to_picture
 from training import (
-    MODELS, Averaged, Budget, append_row, draw_curves, join_workers, load_weights, optimizers_for, reduced_precision, save_half,
+    MODELS, Averaged, Budget, append_row, join_workers, load_weights, optimizers_for, reduced_precision, save_half,
     take_step, use_host,
 )
 
@@ -282,8 +282,6 @@ def train(arguments):
             losses, next_report = [], budget.minutes() + 2
     if worker == 0 and losses:
         report(averaged, arguments, {"minutes": budget.minutes(), "step": budget.step, "loss": float(np.mean(losses))})
-    if worker == 0:
-        draw_curves(arguments.curve, arguments.curve.with_suffix(".png"), ["loss"], list(held_out_photos()))
 
 
 def parse_arguments():

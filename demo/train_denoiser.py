@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as functional
 
-from measures import SCORED_SIGMAS, denoising_gains
+from measures import denoising_gains
 from photos import Crops, held_out_photos, to_array
 from training import (
-    MODELS, Averaged, Budget, append_row, draw_curves, join_workers, load_weights, optimizers_for, reduced_precision, save_half,
+    MODELS, Averaged, Budget, append_row, join_workers, load_weights, optimizers_for, reduced_precision, save_half,
     take_step, use_host,
 )
 
@@ -35,10 +35,11 @@ SHAPE = dict(
     patch_size=2, qkv_bias=True, guidance_embed=False, txt_ids_dims=[],
 )
 ADAM_ONLY = ("img_in", "txt_in", "time_in", "final_layer")
-# Cells high and wide, and how often; every batch holds about the same number of tokens.
-WINDOWS = ((32, 32), (24, 40), (40, 24), (48, 48), (64, 64))
-WINDOW_SHARES = (0.5, 0.12, 0.12, 0.18, 0.08)
+# Side in cells, and how often; every batch holds about the same number of tokens. Each shape is compiled on its own.
+WINDOWS = (32, 48, 64)
+WINDOW_SHARES = (0.6, 0.28, 0.12)
 TOKENS = 2048
+STEPS_PER_NEW_PICTURE = 8
 
 
 class TrainingOps(comfy.ops.disable_weight_init):
@@ -111,24 +112,23 @@ def encode(encoder, pixels):
         return encoder(pixels.contiguous(memory_format=torch.channels_last)).float().contiguous()
 
 
-def latent_bank(encoder, crops, count, side):
-    """Latents of `count` crisp pictures of `side` px, mirrored where a photo is smaller; windows are cut from them."""
-    return torch.cat([encode(encoder, torch.from_numpy(crops.batch(1, side, side, 1.0, 2.0))) for _ in range(count)])
+def latent_picture(encoder, crops, side):
+    """Latent of a crisp picture of `side` px, mirrored where the photo is smaller."""
+    return encode(encoder, torch.from_numpy(crops.batch(1, side, side, 1.0, 2.0)))
 
 
 def draw_windows(rng, bank):
     """A batch of windows of one shape from anywhere in the bank."""
-    height, width = WINDOWS[rng.choice(len(WINDOWS), p=WINDOW_SHARES)]
-    count = TOKENS * 4 // (height * width)
-    rows, columns = bank.shape[2] - height + 1, bank.shape[3] - width + 1
-    places = [(rng.integers(len(bank)), rng.integers(rows), rng.integers(columns)) for _ in range(count)]
-    return torch.stack([bank[index, :, top:top + height, left:left + width] for index, top, left in places])
+    side = rng.choice(WINDOWS, p=WINDOW_SHARES)
+    rows, columns = bank.shape[2] - side + 1, bank.shape[3] - side + 1
+    places = [(rng.integers(len(bank)), rng.integers(rows), rng.integers(columns)) for _ in range(TOKENS * 4 // side ** 2)]
+    return torch.stack([bank[index, :, top:top + side, left:left + side] for index, top, left in places])
 
 
 def draw_sigmas(rng, count):
-    """Four in five between 0.05 and 0.75, the rest anywhere."""
+    """Four in five between 0.03 and 0.7, the rest anywhere."""
     common = rng.random(count) < 0.8
-    return torch.from_numpy(np.where(common, rng.uniform(0.05, 0.75, count), rng.uniform(0, 1, count)).astype(np.float32))
+    return torch.from_numpy(np.where(common, rng.uniform(0.03, 0.7, count), rng.uniform(0, 1, count)).astype(np.float32))
 
 
 def velocity(model, x, sigma):
@@ -178,23 +178,25 @@ def train(arguments):
     rng = np.random.default_rng(arguments.seed + worker)
     encoder = load_encoder(arguments.autoencoder)
     crops = Crops(arguments.seed + worker, synthetic_share=0.2)
-    bank, latents = latent_bank(encoder, crops, arguments.pictures, arguments.side), held_out_latents(encoder)
+    bank = torch.cat([latent_picture(encoder, crops, arguments.side) for _ in range(arguments.pictures)])
+    latents = held_out_latents(encoder)
     optimizers = optimizers_for(model.named_parameters(), ADAM_ONLY)
     averaged, budget = Averaged(model), Budget(arguments.minutes, 20 if arguments.resume else 100)
+    if arguments.compile:
+        model.compile(dynamic=False)
     losses, next_report = [], 2
     while budget.advance():
+        if budget.step % STEPS_PER_NEW_PICTURE == 0:
+            bank[rng.integers(len(bank))] = latent_picture(encoder, crops, arguments.side)
         latent = draw_windows(rng, bank)
         loss = objective(model, latent, draw_sigmas(rng, len(latent)))
         losses.append(take_step(loss, optimizers, budget.factor(), arguments.learning_rate))
         averaged.update(model)
         if worker == 0 and budget.minutes() > next_report:
             report(averaged, latents, arguments, {"minutes": budget.minutes(), "step": budget.step, "loss": float(np.mean(losses))})
-            losses, next_report = [], budget.minutes() + 3
+            losses, next_report = [], budget.minutes() + 4
     if worker == 0 and losses:
         report(averaged, latents, arguments, {"minutes": budget.minutes(), "step": budget.step, "loss": float(np.mean(losses))})
-    if worker == 0:
-        gains = [f"over_{other}_{sigma}" for other in ("blur", "noisy") for sigma in SCORED_SIGMAS]
-        draw_curves(arguments.curve, arguments.curve.with_suffix(".png"), ["loss"], gains)
 
 
 def parse_arguments():
@@ -202,9 +204,10 @@ def parse_arguments():
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--pictures", type=int, default=160, help="pictures in the latent bank")
+    parser.add_argument("--pictures", type=int, default=100, help="pictures in the latent bank at a time")
+    parser.add_argument("--compile", action="store_true", help="a third faster; takes a C++ compiler and a minute at the start")
     parser.add_argument("--side", type=int, default=512, help="side of each in pixels")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--resume", type=Path, help="weights of an earlier run")
     parser.add_argument("--autoencoder", type=Path, default=MODELS / "autoencoder.safetensors")
     parser.add_argument("--out", type=Path, default=MODELS / "denoiser.safetensors")

@@ -179,20 +179,27 @@ def append_row(path, row):
         writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()})
 
 
-def draw_curves(log_path, picture_path, left, right):
-    """Columns of a training log over its minutes: `left` on a logarithmic axis, `right` in dB."""
+def draw_curves(log_path, picture_path):
+    """A log of one or more runs over the minutes: each run's loss on a logarithmic axis, and all that is in dB."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     with log_path.open() as log:
         rows = list(csv.DictReader(log))
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), dpi=80)
-    for axis, columns in zip(axes, (left, right)):
-        for column in columns:
-            axis.plot([float(row["minutes"]) for row in rows], [float(row[column]) for row in rows], label=column)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), dpi=80)
+
+    def draw(axis, rows, column, label):
+        axis.plot([float(row["minutes"]) for row in rows], [float(row[column]) for row in rows], label=label)
+
+    for run in dict.fromkeys(row["run"] for row in rows):
+        draw(left, [row for row in rows if row["run"] == run], "loss", run)
+    for column in [name for name in rows[0] if name not in ("run", "minutes", "step", "loss")]:
+        draw(right, rows, column, column)
+    for axis in (left, right):
         axis.set_xlabel("minutes")
         axis.legend()
-    axes[0].set_yscale("log")
-    axes[1].set_ylabel("dB, held-out photos")
+    left.set_yscale("log")
+    left.set_ylabel("loss")
+    right.set_ylabel("dB, held-out photos")
     figure.tight_layout()
     figure.savefig(picture_path)

@@ -68,7 +68,7 @@ def test_help_fits_one_screen_and_names_every_command(run):
 def test_an_unknown_command_is_refused_with_the_ones_there_are():
     shown = call("sevre")
     assert shown.returncode == 1
-    assert "no command 'sevre'; there are demo, test, serve, bench" in shown.stderr
+    assert "no command 'sevre'; there are demo, test, serve, bench, train" in shown.stderr
 
 
 def test_a_comfyui_dir_without_comfyui_is_refused(tmp_path):

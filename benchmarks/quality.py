@@ -383,28 +383,62 @@ def mean(values) -> float:
     return sum(values) / len(values)
 
 
-WAYS = (
-    ("whole canvas", {"min_window": 4096, "max_window": 4096}, None),
-    ("grid without overlap", {"method": "MultiDiffusion", "tile_overlap": 0}, None),
-    *((f"MultiDiffusion, overlap {overlap}", {"method": "MultiDiffusion", "tile_overlap": overlap}, None) for overlap in (32, 64)),
-    ("Mixture, Gaussian, overlap 64", {}, gaussian_weight),
-    *((f"Mixture, cosine, overlap {overlap}", {"tile_overlap": overlap}, None) for overlap in (16, 32, 64)),
-    ("SpotDiffusion", {"method": "SpotDiffusion"}, None),
-    ("Mixture, cosine, overlap 64, windows of 96", {"min_window": 96, "max_window": 96}, None),
-)
+WINDOWS_PX = (96, 192, 288)
+OVERLAPS_PX = (16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to sample in windows; weight: what stands in for the pack's own, or None."""
+
+    label: str
+    window_px: int
+    overlap_px: int
+    method: str
+    weight: object = None
+
+    def settings(self, tree: trees.Quadtree, **others) -> TiledDiffusion:
+        return TiledDiffusion(
+            tree, method=self.method, tile_overlap=self.overlap_px, min_window=self.window_px, max_window=self.window_px, **others)
+
+
+def all_ways() -> list[Way]:
+    ways = []
+    for window_px in WINDOWS_PX:
+        ways.append(Way("grid without overlap", window_px, 0, "MultiDiffusion"))
+        ways.append(Way("SpotDiffusion", window_px, 0, "SpotDiffusion"))
+        for overlap_px in OVERLAPS_PX:
+            ways.append(Way("MultiDiffusion", window_px, overlap_px, "MultiDiffusion"))
+            ways.append(Way("Mixture, Gaussian", window_px, overlap_px, "Mixture of Diffusers", gaussian_weight))
+            ways.append(Way("Mixture, cosine", window_px, overlap_px, "Mixture of Diffusers"))
+    return ways
 
 
 def compare_windows(bench: Bench, strength: float = 1.0) -> list[list]:
     """A row for each way to sample a picture evenly: seams (mean and worst), agreement, cost."""
     rows = []
-    for label, settings, weight in WAYS:
-        with instead(windows, "blend_weight", weight or windows.blend_weight):
-            found = [(bench.paint(name, in_windows(even_tree(picture, strength), **settings)), bench.img2img(name, strength)) for name, picture in bench.pictures.items()]
+    for way in all_ways():
+        with instead(windows, "blend_weight", way.weight or windows.blend_weight):
+            found = [(bench.paint(name, way.settings(even_tree(picture, strength))), bench.img2img(name, strength)) for name, picture in bench.pictures.items()]
         seams = [seam_ratio(painting, whole) for painting, whole in found]
-        grid = [painting.run.cost / whole_cost(painting.run) for painting, _ in found]
+        cost = mean(painting.run.cost / whole_cost(painting.run) for painting, _ in found)
         rows.append([
-            label, f"{mean(seams):.3f}", f"{max(seams):.3f}", f"{mean(psnr(painting.picture, whole) for painting, whole in found):.1f}",
-            f"{mean(ms_ssim(painting.picture, whole) for painting, whole in found):.4f}", f"{mean(grid):.2f}"])
+            way.label, way.window_px, way.overlap_px, f"{mean(seams):.3f}", f"{max(seams):.3f}", f"{mean(psnr(painting.picture, whole) for painting, whole in found):.1f}",
+            f"{mean(ms_ssim(painting.picture, whole) for painting, whole in found):.4f}", f"{cost:.2f}"])
+    return rows
+
+
+def compare_methods(bench: Bench, strength: float = 0.5) -> list[list]:
+    """A row for each method and schedule at the default overlap: seams (mean and worst) and agreement with one window."""
+    rows = []
+    for method in tiled_diffusion.METHODS:
+        for schedule in tiled_diffusion.SCHEDULES:
+            found = [
+                (bench.paint(name, in_windows(even_tree(picture, strength), method=method, schedule=schedule)), bench.evenly(name, strength, schedule))
+                for name, picture in bench.pictures.items()
+            ]
+            seams = [seam_ratio(painting, whole) for painting, whole in found]
+            rows.append([method, schedule, f"{mean(seams):.3f}", f"{max(seams):.3f}", f"{mean(psnr(painting.picture, whole) for painting, whole in found):.1f}"])
     return rows
 
 
@@ -413,14 +447,14 @@ def whole_cost(run) -> float:
     return run.calls * run.cost_of.of(*run.strengths.shape)
 
 
-SCHEDULES = (("img2img", 4), ("img2img", 2), ("img2img", 0), ("blend", 4), ("ramp", 4))
+EASINGS = (("img2img", 4), ("img2img", 2), ("img2img", 0), ("blend", 4), ("ramp", 4))
 PATCH_STRENGTHS = (0.0, 0.25, 0.5, 1.0)
 
 
 def compare_schedules(bench: Bench) -> list[list]:
     """A row for each schedule and easing: leaf borders and ghosts in patchworks."""
     rows = []
-    for schedule, cells in SCHEDULES:
+    for schedule, cells in EASINGS:
         with instead(tiled_diffusion, "EASE_CELLS", cells):
             borders, ghosts, levels = zip(*(leaf_figures(bench, name, schedule) for name in bench.pictures))
         rows.append([schedule, str(cells), f"{mean(borders):.3f}", f"{max(borders):.3f}", *(f"{mean(shares):.2f}" for shares in zip(*ghosts))])
@@ -526,7 +560,8 @@ def table(header: str, rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(str(value) for value in row) + " |" for row in lines)
 
 
-WINDOW_COLUMNS = "way | seams, mean | seams, worst picture | PSNR to the whole canvas, dB | MS-SSIM | cost"
+WINDOW_COLUMNS = "way | window, px | overlap, px | seams, mean | worst picture | PSNR to the whole canvas, dB | MS-SSIM | cost"
+METHOD_COLUMNS = "method | schedule | seams, mean | worst picture | PSNR to one window, dB"
 SCHEDULE_COLUMNS = "schedule | eased over, cells | leaf borders, mean | worst | ghosts at 0.25 | at 0.5 | at 1"
 DEFAULT_COLUMNS = "picture | seams at 0.5 | at 1 | by detail | leaf borders, at random | by detail"
 KEPT_COLUMNS = "picture | kept | exact | largest error | edges | exact, composite | largest error | edges"
@@ -538,8 +573,9 @@ def report(bench: Bench) -> str:
     parts = [
         "# Quality, measured", f"Written by `python run.py bench quality`. Held-out photos: {sizes}. The demo's model, Euler, {bench.painter.steps} steps.\n{MEASURES}",
         f"## Default settings, windows of {WINDOW_PX} px", table(DEFAULT_COLUMNS, show_defaults(bench)),
-        "## Windows at strength 1", "Cost is relative to the whole canvas in one window.", table(WINDOW_COLUMNS, compare_windows(bench)),
+        "## Windows at strength 1", "The truth is the whole canvas in one window; cost is relative to it.", table(WINDOW_COLUMNS, compare_windows(bench)),
         "![Grid without overlap, default settings, whole canvas](quality_seams.png)\n\n*Where four windows meet: grid without overlap, default settings, whole canvas.*",
+        "## Methods and schedules", f"Strength 0.5 everywhere, windows of {WINDOW_PX} px, the default overlap.", table(METHOD_COLUMNS, compare_methods(bench)),
         "## Schedules and easing", "Leaves of 64 and 128 px with strengths 0, 0.25, 0.5 and 1 at random, in one window.", table(SCHEDULE_COLUMNS, compare_schedules(bench)),
         "![Original, without easing, with easing](quality_leaves.png)\n\n*Leaves of four strengths: original, without easing, with easing.*",
         "![Original, blend, img2img](quality_ghosts.png)\n\n*Strength 0.5 everywhere: original, blend, img2img.*",
@@ -555,16 +591,6 @@ MEASURES = """
 - Seams and leaf borders: gradient energy on the borders over that elsewhere, content taken out; 1.00 is none.
 - Ghosts: the share of the original's fine detail that is still in leaves of a strength.
 - Exact: pixels that are the original's, bit for bit, among those of strength 0."""
-
-
-CHOICES = """
-- **Overlap 64 px, Mixture of Diffusers.** 16 px shows, 32 px hardly does, and 64 px agrees with the whole canvas about 6 dB better. Its cost here is that of small windows: it makes one of 192 px 2.8 times as large, one of 1024 px 1.27 times. MultiDiffusion shows at every overlap, SpotDiffusion a little.
-- **Weights that fall as a cosine over all that windows share**, in place of the paper's Gaussian, which passes from one window to the next within a few cells: no more seams, and closer to the whole canvas on every photo.
-- **Strengths ease over 4 cells** at every border, inside the leaf that changes more. Over 2 cells, and without easing, lines show between leaves.
-- **img2img**: a redrawn leaf keeps of the original what img2img of the whole canvas keeps. `blend` keeps more; `ramp` less, and its borders show a little.
-- **Windows of 512 to 1024 px** stay: the larger the windows, the nearer the whole canvas, and what a model was trained on is the limit.
-
-At strength 1 the demo's small model paints texture and no things: seams, lines and exactness can be judged by it, beauty cannot."""
 
 
 def main(words: list[str]) -> int:

@@ -201,14 +201,7 @@ def whole_objective(model, pixels, latent_noise):
     return picture_loss(model.taesd_decoder(noisy(latent, latent_noise)), pixels) + power_loss(latent)
 
 
-def squares_objective(model, pixels, latent_noise):
-    """The whole model's squared error alone, for the last minutes: what PSNR measures."""
-    latent = model.taesd_encoder(pixels)
-    decoded = model.taesd_decoder(noisy(latent, latent_noise)).float()
-    return 20 * functional.mse_loss(decoded, pixels) + power_loss(latent)
-
-
-OBJECTIVES = {"cells": cells_objective, "pixels": pixels_objective, "whole": whole_objective, "squares": squares_objective}
+OBJECTIVES = {"cells": cells_objective, "pixels": pixels_objective, "whole": whole_objective}
 
 
 @torch.no_grad()

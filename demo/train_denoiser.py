@@ -23,7 +23,7 @@ use_host()
 import comfy.model_management
 import comfy.ops
 from comfy.ldm.flux.model import Flux
-from comfy.taesd.taesd import TAESD, Block
+from comfy.taesd.taesd import TAESD
 
 LATENT_CHANNELS = 16
 # The host's LotusConditioning node gives two tokens of 1024; it is its only source of a conditioning without a text encoder.
@@ -96,12 +96,8 @@ def keep_residual_in_full_precision(model):
 
 
 def load_encoder(path):
-    """The encoder without the work of blocks that were left as they started."""
     autoencoder = TAESD(latent_channels=LATENT_CHANNELS)
     autoencoder.load_state_dict(load_weights(path))
-    for layer in autoencoder.taesd_encoder:
-        if isinstance(layer, Block) and not layer.conv[4].weight.any():
-            layer.forward = torch.relu
     return autoencoder.taesd_encoder.to(memory_format=torch.channels_last).requires_grad_(False)
 
 

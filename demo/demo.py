@@ -7,6 +7,7 @@ demo/models, its flat ones kept exactly.
 """
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -109,13 +110,31 @@ def saved(base: Path, prefix: str) -> Path:
 
 
 def collect(base: Path, picture: Image.Image) -> None:
-    """Put the pictures into OUT, with a map of what changed."""
+    """Put the pictures into OUT, with a map of what changed and all of them on one sheet."""
     OUT.mkdir(exist_ok=True)
     picture.save(OUT / "original.png")
     for name in ("result", "overlay"):
         shutil.copy(saved(base, name), OUT / f"{name}.png")
     difference = np.abs(as_array(OUT / "result.png") - as_array(OUT / "original.png"))
     Image.fromarray((difference * 4).clip(0, 255).astype(np.uint8)).save(OUT / "difference.png")
+    sheet(difference.mean(-1), [Image.open(OUT / f"{name}.png") for name in ("original", "overlay", "result")]).save(OUT / "sheet.jpg", quality=88)
+
+
+def sheet(difference: np.ndarray, pictures: list[Image.Image], gap: int = 8) -> Image.Image:
+    """The pictures beside each other at a third of their size, and below them the piece of each, at full size, that changed most."""
+    width, height = pictures[0].width // 3, pictures[0].height // 3
+    top, left = most_changed(difference, height, width)
+    canvas = Image.new("RGB", (len(pictures) * (width + gap) - gap, 2 * height + gap), "white")
+    for column, picture in enumerate(pictures):
+        canvas.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (column * (width + gap), 0))
+        canvas.paste(picture.crop((left, top, left + width, top + height)), (column * (width + gap), height + gap))
+    return canvas
+
+
+def most_changed(difference: np.ndarray, height: int, width: int, stride: int = 16) -> tuple[int, int]:
+    """Row and column where the window of that size begins that has the greatest mean difference."""
+    corners = itertools.product(*(range(0, size - side + 1, stride) for size, side in zip(difference.shape, (height, width))))
+    return max(corners, key=lambda corner: difference[corner[0]:corner[0] + height, corner[1]:corner[1] + width].mean())
 
 
 def as_array(path: Path) -> np.ndarray:
@@ -139,7 +158,7 @@ def summarize(base: Path, picture: Image.Image, outputs: dict, log: str, seconds
         f"pixels there   greatest error {changed_px[kept].max(initial=0)} of 255",
         f"elsewhere      mean change {changed_px[~kept].mean() if (~kept).any() else 0:.1f} of 255",
         f"time           {seconds:.0f} s in all",
-        f"written        result.png, overlay.png, difference.png (times 4), original.png, summary.txt in {OUT}",
+        f"written        sheet.jpg, result.png, overlay.png, difference.png (times 4), original.png, summary.txt in {OUT}",
         ""])
 
 

@@ -171,6 +171,13 @@ def recolour(rng, crop):
     return np.clip((crop - 0.5) * gain.astype(np.float32) + 0.5 + np.float32(rng.uniform(-0.1, 0.1)), 0, 1)
 
 
+def enlarged(crop, times):
+    """The crop, height x width x 3, as it looks when it was enlarged that many times."""
+    picture = to_picture(crop)
+    small = picture.resize([max(1, round(side / times)) for side in picture.size], Image.LANCZOS)
+    return to_array(small.resize(picture.size, Image.LANCZOS))
+
+
 class Crops:
     """Endless random crops of training photos and synthetic textures.
 

@@ -2,7 +2,7 @@
 
     python run.py train [MINUTES]
 
-Takes two cores for 102 minutes, or MINUTES, in which the runs share alike. What each run leaves is in demo/out/training.
+Takes two cores for 101 minutes, or MINUTES, in which the runs share alike. What each run leaves is in demo/out/training.
 """
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from training import MODELS, draw_curves
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out" / "training"
-MINUTES = {"cells": 7, "pixels": 7, "whole": 20, "denoiser": 75}
+MINUTES = {"cells": 7, "pixels": 7, "whole": 20, "denoiser": 30, "sharpener": 44}
 
 
 def command(name: str, pace: float, *words: str) -> list[str]:
     """One training in a process of its own; pace: its minutes over those in MINUTES."""
-    script = "train_denoiser.py" if name == "denoiser" else "train_autoencoder.py"
+    script = "train_denoiser.py" if name in ("denoiser", "sharpener") else "train_autoencoder.py"
     return [
         str(HERE / script), "--minutes", str(MINUTES[name] * pace), "--out", str(weights(name)), "--curve", str(curve(name)), *words,
     ]  # fmt: skip
@@ -59,8 +59,11 @@ def train_autoencoder(pace: float) -> None:
 
 
 def train_denoiser(pace: float) -> None:
-    compiles = ("--compile",) if shutil.which("g++") else ()
-    run_on_both_cores(command("denoiser", pace, "--autoencoder", str(weights("whole")), *compiles))
+    """From crisp pictures alone; then from soft ones, too, which it turns into crisp ones."""
+    common = ("--autoencoder", str(weights("whole")), *(("--compile",) if shutil.which("g++") else ()))
+    run_on_both_cores(command("denoiser", pace, *common, "--seed", "2"))
+    run_on_both_cores(command(
+        "sharpener", pace, *common, "--seed", "50", "--soft-share", "0.6", "--learning-rate", "1.5e-3", "--resume", str(weights("denoiser"))))
 
 
 def joined_curves(names: tuple[str, ...], out: Path) -> None:
@@ -79,7 +82,7 @@ def joined_curves(names: tuple[str, ...], out: Path) -> None:
 
 def publish() -> None:
     """Copy the weights to demo/models and the curves to where the model card shows them."""
-    for name, model, runs in (("whole", "autoencoder", ("cells", "whole")), ("denoiser", "denoiser", ("denoiser",))):
+    for name, model, runs in (("whole", "autoencoder", ("cells", "whole")), ("sharpener", "denoiser", ("denoiser", "sharpener"))):
         shutil.copy(weights(name), MODELS / f"{model}.safetensors")
         log = HERE / f"{model}_curve.csv"
         joined_curves(runs, log)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as functional
 
 from measures import denoising_gains
-from photos import Crops, held_out_photos, to_array
+from photos import Crops, enlarged, held_out_photos, to_array
 from training import (
     MODELS, Averaged, Budget, append_row, join_workers, load_weights, optimizers_for, reduced_precision, save_half,
     take_step, use_host,
@@ -40,6 +40,9 @@ WINDOWS = (32, 48, 64)
 WINDOW_SHARES = (0.6, 0.28, 0.12)
 TOKENS = 2048
 STEPS_PER_NEW_PICTURE = 8
+# How many times a soft picture was enlarged; and the sigma from which on all its softness is let through.
+ENLARGED = (1.5, 3.2)
+SOFT_SIGMA = 0.15
 
 
 class TrainingOps(comfy.ops.disable_weight_init):
@@ -108,23 +111,25 @@ def encode(encoder, pixels):
         return encoder(pixels.contiguous(memory_format=torch.channels_last)).float().contiguous()
 
 
-def latent_picture(encoder, crops, side):
-    """Latent of a crisp picture of `side` px, mirrored where the photo is smaller."""
-    return encode(encoder, torch.from_numpy(crops.batch(1, side, side, 1.0, 2.0)))
+def latent_pair(encoder, crops, side):
+    """Latents of a crisp picture of `side` px, mirrored where the photo is smaller, and of it shrunk and enlarged again."""
+    crisp = crops.batch(1, side, side, 1.2, 2.2)
+    soft = enlarged(crisp[0].transpose(1, 2, 0), crops.rng.uniform(*ENLARGED)).transpose(2, 0, 1)[None]
+    return encode(encoder, torch.from_numpy(np.concatenate([crisp, soft]))).flatten(0, 1)
 
 
 def draw_windows(rng, bank):
-    """A batch of windows of one shape from anywhere in the bank."""
+    """A batch of windows of one shape from anywhere in the bank, crisp and soft."""
     side = rng.choice(WINDOWS, p=WINDOW_SHARES)
     rows, columns = bank.shape[2] - side + 1, bank.shape[3] - side + 1
     places = [(rng.integers(len(bank)), rng.integers(rows), rng.integers(columns)) for _ in range(TOKENS * 4 // side ** 2)]
-    return torch.stack([bank[index, :, top:top + side, left:left + side] for index, top, left in places])
+    return torch.stack([bank[index, :, top:top + side, left:left + side] for index, top, left in places]).chunk(2, 1)
 
 
 def draw_sigmas(rng, count):
     """Four in five between 0.03 and 0.7, the rest anywhere."""
     common = rng.random(count) < 0.8
-    return torch.from_numpy(np.where(common, rng.uniform(0.03, 0.7, count), rng.uniform(0, 1, count)).astype(np.float32))
+    return torch.from_numpy(np.where(common, rng.uniform(0.03, 0.7, count), rng.uniform(0.001, 1, count)).astype(np.float32))
 
 
 def velocity(model, x, sigma):
@@ -134,11 +139,16 @@ def velocity(model, x, sigma):
         return model(x, sigma, text).float()
 
 
-def objective(model, latent, sigma):
-    noise = torch.randn_like(latent)
+def objective(model, crisp, soft, sigma, soft_share):
+    """Flow matching that ends at the crisp latent, with a share of the windows more or less soft on the way.
+
+    Softness grows with sigma, so that the velocity stays bounded and a sampler that starts from a soft picture meets
+    on its way what was trained.
+    """
     level = sigma.view(-1, 1, 1, 1)
-    x = level * noise + (1 - level) * latent
-    return functional.mse_loss(velocity(model, x, sigma), noise - latent)
+    softness = (torch.rand_like(level) < soft_share) * torch.rand_like(level) * (level / SOFT_SIGMA).clamp(max=1)
+    x = torch.lerp(torch.lerp(crisp, soft, softness), torch.randn_like(crisp), level)
+    return functional.mse_loss(velocity(model, x, sigma), (x - crisp) / level)
 
 
 def denoised(model, x, sigma):
@@ -174,7 +184,7 @@ def train(arguments):
     rng = np.random.default_rng(arguments.seed + worker)
     encoder = load_encoder(arguments.autoencoder)
     crops = Crops(arguments.seed + worker, synthetic_share=0.2)
-    bank = torch.cat([latent_picture(encoder, crops, arguments.side) for _ in range(arguments.pictures)])
+    bank = torch.stack([latent_pair(encoder, crops, arguments.side) for _ in range(arguments.pictures)])
     latents = held_out_latents(encoder)
     optimizers = optimizers_for(model.named_parameters(), ADAM_ONLY)
     averaged, budget = Averaged(model), Budget(arguments.minutes, 20 if arguments.resume else 100)
@@ -183,9 +193,9 @@ def train(arguments):
     losses, next_report = [], 2
     while budget.advance():
         if budget.step % STEPS_PER_NEW_PICTURE == 0:
-            bank[rng.integers(len(bank))] = latent_picture(encoder, crops, arguments.side)
-        latent = draw_windows(rng, bank)
-        loss = objective(model, latent, draw_sigmas(rng, len(latent)))
+            bank[rng.integers(len(bank))] = latent_pair(encoder, crops, arguments.side)
+        crisp, soft = draw_windows(rng, bank)
+        loss = objective(model, crisp, soft, draw_sigmas(rng, len(crisp)), arguments.soft_share)
         losses.append(take_step(loss, optimizers, budget.factor(), arguments.learning_rate))
         averaged.update(model)
         if worker == 0 and budget.minutes() > next_report:
@@ -201,6 +211,7 @@ def parse_arguments():
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pictures", type=int, default=100, help="pictures in the latent bank at a time")
+    parser.add_argument("--soft-share", type=float, default=0.0, help="share of the windows that are soft on the way to the crisp ones")
     parser.add_argument("--compile", action="store_true", help="a third faster; takes a C++ compiler and a minute at the start")
     parser.add_argument("--side", type=int, default=512, help="side of each in pixels")
     parser.add_argument("--learning-rate", type=float, default=2e-3)

@@ -15,8 +15,8 @@ def bench():
 
 
 def seam(bench, name, strength, **settings):
-    painting = bench.paint(name, quality.in_windows(quality.even_tree(bench.pictures[name], strength), **settings))
-    return quality.seam_ratio(painting, bench.img2img(name, strength))
+    settings = quality.in_windows(quality.even_tree(bench.pictures[name], strength), **settings)
+    return quality.worst_ratio(quality.pooled(bench.even_pairs(name, strength, quality.DRAWS, settings)))
 
 
 @pytest.mark.parametrize("name", NAMES)

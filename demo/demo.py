@@ -80,7 +80,7 @@ def graph() -> dict:
     nodes = {
         "photo": ("LoadImage", dict(image="photo.png")),
         "tree": ("QuadtreeFromImage", dict(
-            image=["photo", 0], detail_budget=0.4, content_threshold=25.0, min_leaf=32, max_leaf=256, min_denoise=0.0, max_denoise=0.35, metric="variance")),
+            image=["photo", 0], detail_budget=0.4, content_threshold=25.0, min_leaf=32, max_leaf=256, min_denoise=0.0, max_denoise=0.28, metric="variance")),
         "model": ("UNETLoader", dict(unet_name="denoiser.safetensors", weight_dtype="default")),
         "vae": ("VAELoader", dict(vae_name="autoencoder.safetensors")),
         "latent": ("VAEEncode", dict(pixels=["photo", 0], vae=["vae", 0])),

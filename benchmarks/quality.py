@@ -607,7 +607,7 @@ def report(bench: Bench) -> str:
 
 
 MEASURES = """
-- Seams and leaf borders: gradient energy on the borders over that elsewhere, content taken out; 1.00 is none. Each picture of the first table is sampled with six noises, of the second with two.
+- Seams and leaf borders: gradient energy on the borders over that elsewhere, content taken out; 1.00 is none. The even strengths of the first table are sampled with six noises, those of the second with two.
 - Ghosts: the share of the original's fine detail that is still in leaves of a strength.
 - Exact: pixels that are the original's, bit for bit, among those of strength 0."""
 

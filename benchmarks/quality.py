@@ -416,9 +416,8 @@ class Way:
     method: str
     weight: object = None
 
-    def settings(self, tree: trees.Quadtree, **others) -> TiledDiffusion:
-        return TiledDiffusion(
-            tree, method=self.method, tile_overlap=self.overlap_px, min_window=self.window_px, max_window=self.window_px, **others)
+    def settings(self, tree: trees.Quadtree) -> TiledDiffusion:
+        return TiledDiffusion(tree, method=self.method, tile_overlap=self.overlap_px, min_window=self.window_px, max_window=self.window_px)
 
 
 def all_ways() -> list[Way]:

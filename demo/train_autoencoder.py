@@ -225,13 +225,6 @@ def report(averaged, arguments, row):
     save_half(averaged.module.state_dict(), arguments.out)
 
 
-def freeze(model, encoder_too):
-    model.vae_scale.requires_grad_(False)
-    model.vae_shift.requires_grad_(False)
-    if encoder_too:
-        model.taesd_encoder.requires_grad_(False)
-
-
 def high_resolutions(state):
     """The decoder's layers that the stage `pixels` trains."""
     return {key: value for key, value in state.items() if key.startswith("taesd_decoder.") and int(key.split(".")[1]) >= MIDDLE}
@@ -260,7 +253,8 @@ def train(arguments):
     model = start(arguments)
     torch.manual_seed(arguments.seed + worker)
     crops = Crops(arguments.seed + worker, synthetic_share=arguments.synthetic_share)
-    freeze(model, arguments.freeze_encoder)
+    model.vae_scale.requires_grad_(False)
+    model.vae_shift.requires_grad_(False)
     optimizers = optimizers_for(model.named_parameters(), ADAM_ONLY)
     averaged, budget = Averaged(model), Budget(arguments.minutes, 20 if arguments.resume else 100)
     losses, next_report = [], 1
@@ -287,7 +281,6 @@ def parse_arguments():
     parser.add_argument("--synthetic-share", type=float, default=0.3, help="share of crops that come from synthetic textures")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--latent-noise", type=float, default=0.1, help="largest deviation of noise on the latents; they have unit power")
-    parser.add_argument("--freeze-encoder", action="store_true", help="train the decoder only, so that latents stay what they were")
     parser.add_argument("--stage", choices=OBJECTIVES, default="whole")
     parser.add_argument("--fewer-blocks", action="store_true", help="for the first run: leave the costly blocks as they start")
     parser.add_argument("--resume", type=Path, help="weights of an earlier run")

@@ -6,7 +6,6 @@ import { describeLeaf, describeTree, leafAt, neighbour, readTree } from "./tree.
 const ROUTE = "/quadtree_tiled_diffusion/tree";
 const SETTINGS = ["detail_budget", "content_threshold", "min_leaf", "max_leaf", "min_denoise", "max_denoise", "metric", "edits"];
 const DEBOUNCE_MS = 30;
-const MOST_UNDO = 100;
 const HINT = "Run the graph once to see the tree. From then on it follows the settings at once, and you can paint on it.";
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
@@ -18,7 +17,6 @@ export class Overlay {
     Object.assign(this, { node, api, app });
     this.result = this.tree = this.picture = this.hovered = this.focused = this.stroke = null;
     this.error = "";
-    this.undoTexts = [];
     this.requests = new AbortController();
     this.build();
     this.sizes = new ResizeObserver(() => this.draw());
@@ -30,8 +28,6 @@ export class Overlay {
   setResult(result) {
     if (!result) return;
     this.result = result;
-    this.undoTexts = this.key === result.picture ? this.undoTexts : [];
-    this.key = result.picture;
     const picture = new Image();
     picture.onload = () => {
       this.picture = picture;
@@ -99,7 +95,7 @@ export class Overlay {
 
   // Painting
 
-  /** Paint leaves with a strength, as one step of undo. */
+  /** Paint leaves with a strength. */
   paintLeaves(leaves, strength) {
     if (this.isWired("edits")) return this.say("edits is wired: what is painted comes from there.");
     const { width, height } = this.tree;
@@ -115,22 +111,13 @@ export class Overlay {
     this.setEdits(writeEdits(width, height, squares));
   }
 
+  /** Change what is painted, as one step of the host's undo. */
   setEdits(text) {
     const widget = this.widget("edits");
     if (widget.value === text) return;
-    this.undoTexts = [...this.undoTexts.slice(-MOST_UNDO + 1), widget.value];
-    this.write(text);
-  }
-
-  undo() {
-    if (!this.undoTexts.length) return this.say("Nothing to undo.");
-    this.write(this.undoTexts.pop());
-    this.say("Undone.");
-  }
-
-  write(text) {
-    const widget = this.widget("edits");
+    this.app.canvas.emitBeforeChange();
     widget.value = text;
+    this.app.canvas.emitAfterChange();
     widget.callback?.(text); // refreshes, as when the text is typed
     this.node.graph?.setDirtyCanvas(true, true);
   }
@@ -179,14 +166,12 @@ export class Overlay {
   }
 
   onKeyDown(event) {
-    const isUndo = (event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "z" && !event.shiftKey;
-    const isPlain = !event.ctrlKey && !event.metaKey && !event.altKey;
-    if (isUndo) this.undo();
-    else if (isPlain && this.tree && event.key in ARROWS) this.moveFocus(...ARROWS[event.key]);
-    else if (isPlain && this.tree && (event.key === "Enter" || event.key === " ")) this.toggleFocused();
+    if (event.ctrlKey || event.metaKey || event.altKey) return; // undo is the host's
+    if (this.tree && event.key in ARROWS) this.moveFocus(...ARROWS[event.key]);
+    else if (this.tree && (event.key === "Enter" || event.key === " ")) this.toggleFocused();
     else if (event.key === "Escape") this.top.blur();
     else return;
-    // Else the host moves the canvas or undoes in the graph.
+    // Else the host moves the canvas.
     event.preventDefault();
     event.stopPropagation();
   }
@@ -244,7 +229,6 @@ export class Overlay {
   show() {
     this.line.textContent = this.error || (this.tree ? describeTree(this.tree) : HINT);
     this.line.classList.toggle("qtd-error", Boolean(this.error));
-    this.undoButton.disabled = !this.undoTexts.length;
     this.clearButton.disabled = !this.widget("edits")?.value || this.isWired("edits");
     if (this.tree) this.ramp.style.background = `linear-gradient(to right, ${this.tree.palette.join(", ")})`;
     this.element.dataset.leaves = this.tree ? String(this.tree.leaves.length) : "";
@@ -303,13 +287,12 @@ export class Overlay {
   buildLegend() {
     const legend = make("div", "qtd-legend");
     this.ramp = make("span", "qtd-ramp", { "aria-hidden": "true" });
-    this.undoButton = make("button", "qtd-button", { type: "button", title: "Take back the last thing painted" }, "Undo");
     this.clearButton = make("button", "qtd-button", { type: "button", title: "Take back all that was painted" }, "Clear");
     legend.append(
       make("span", "", {}, "strength 0"), this.ramp, make("span", "", {}, "1"),
       swatch((context) => hatch(context, [0, 0, 14, 14])), make("span", "", {}, "kept exactly"),
       swatch((context) => drawDiamond(context, [0, 0, 14, 14])), make("span", "", {}, "painted"),
-      make("span", "qtd-gap"), this.undoButton, this.clearButton);
+      this.clearButton);
     return legend;
   }
 
@@ -324,7 +307,6 @@ export class Overlay {
     this.top.addEventListener("blur", () => this.onPointerGone());
     // The classic canvas lies under this element and would not hear of the wheel.
     this.element.addEventListener("wheel", (event) => this.isClassic() && this.app.canvas.processMouseWheel(event), { passive: true });
-    this.undoButton.addEventListener("click", () => this.undo());
     this.clearButton.addEventListener("click", () => this.setEdits(""));
   }
 }

@@ -132,20 +132,42 @@ def test_touching_a_leaf_keeps_then_redraws_then_releases_it(frontend, tree_node
         frontend.page.wait_for_timeout(150)
 
 
-def test_dragging_paints_and_undo_takes_the_stroke_back(frontend, tree_node):
-    frontend.set_value(tree_node, "detail_budget", 1.0)
-    run_and_show(frontend, tree_node)
+def drag(frontend, start: tuple[float, float], end: tuple[float, float]) -> None:
     mouse = frontend.page.mouse
-    mouse.move(*point_on_page(frontend, 20, 20))
+    mouse.move(*point_on_page(frontend, *start))
     mouse.down()
-    mouse.move(*point_on_page(frontend, 250, 20))
+    mouse.move(*point_on_page(frontend, *end))
     mouse.up()
+
+
+def press_within_a_frame(frontend, key: str) -> None:
+    """Press Control and a key, and let both go before the page draws again: the host acts on keys with the next frame."""
+    frontend.page.keyboard.down("Control")
+    frontend.page.wait_for_timeout(100)
+    frontend.page.evaluate(
+        """key => { const at = document.activeElement; const options = { key, ctrlKey: true, bubbles: true, cancelable: true };
+        at.dispatchEvent(new KeyboardEvent("keydown", options)); at.dispatchEvent(new KeyboardEvent("keyup", options));
+        at.dispatchEvent(new KeyboardEvent("keyup", { key: "Control", bubbles: true })) }""", key)
+    frontend.page.keyboard.up("Control")
+
+
+def test_dragging_paints_and_the_hosts_undo_takes_back_stroke_by_stroke(frontend, tree_node):
+    frontend.set_value(tree_node, "detail_budget", 1.0)
+    sent = run_and_show(frontend, tree_node)
+    drag(frontend, (20, 20), (250, 20))
     assert [square[3] for square in wait_for_painted(frontend, tree_node, 4)] == [0, 0, 0, 0]
     frontend.page.wait_for_timeout(300)
     frontend.shot("painted")
+    drag(frontend, (20, 300), (150, 300))
+    wait_for_painted(frontend, tree_node, 7)
     frontend.page.locator(".qtd-top").focus()
-    frontend.page.keyboard.press("Control+z")
-    assert frontend.value(tree_node, "edits") == ""
+    for key, amount in (("z", 4), ("y", 7), ("z", 4), ("z", 0)):
+        press_within_a_frame(frontend, key)
+        wait_for_painted(frontend, tree_node, amount)
+        frontend.page.wait_for_timeout(500)
+        wait_for_leaves(frontend, sent["leaves"])
+        assert len(painted(frontend, tree_node)) == amount
+        assert frontend.page.locator(".qtd").count() == 1
 
 
 def test_the_keyboard_reaches_every_leaf(frontend, tree_node):

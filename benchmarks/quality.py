@@ -9,8 +9,9 @@ Seams. A picture made in one window has no seams, so a seam is a line in the dif
 that one. The energy of a line is the squared step between the pixels on its two sides, three pixels deep. What a
 border adds is its energy in the difference, less that of the nearest parallel lines, two, four and six cells away,
 which are no border. The ratio is one and what all borders add over what the picture itself has beside them: the
-gradient energy on borders over that elsewhere, freed of the content that happens to lie there. 1.00 is no seam. Both sums are over several draws of the noise where
-little but noise is in a picture: at strength 1 single details beside a border scatter the ratio of one draw by 0.03 and more.
+gradient energy on borders over that elsewhere, freed of the content that happens to lie there. 1.00 is no seam. Both
+sums are over several draws of the noise where little but noise is in a picture: at strength 1 single details beside a
+border scatter the ratio of one draw by 0.03 and more.
 
 Leaf borders. The same where two leaves differ in strength. The picture without a line there is made of those sampled
 evenly with the one strength and the other, faded into each other over four cells.
@@ -432,16 +433,23 @@ def all_ways() -> list[Way]:
     return ways
 
 
+def seams_and_agreement(pairs_by_picture: list[list[tuple[Painting, torch.Tensor]]]) -> list[str]:
+    """Three cells of a table: seams of all pictures, those of the worst one, and the PSNR to the wholes."""
+    sums = [pooled(pairs) for pairs in pairs_by_picture]
+    agreement = mean(psnr(painting.picture, whole) for pairs in pairs_by_picture for painting, whole in pairs)
+    return [f"{worst_ratio(sum(sums)):.3f}", f"{max(map(worst_ratio, sums)):.3f}", f"{agreement:.1f}"]
+
+
 def compare_windows(bench: Bench, strength: float = 1.0) -> list[list]:
     """A row for each way to sample a picture evenly: seams (of all and worst), agreement, cost."""
     rows = []
     for way in all_ways():
         with instead(windows, "blend_weight", way.weight or windows.blend_weight):
-            drawn = [bench.even_pairs(name, strength, 2, way.settings(even_tree(picture, strength))) for name, picture in bench.pictures.items()]
-        sums, found = [pooled(pairs) for pairs in drawn], [pair for pairs in drawn for pair in pairs]
+            pairs_by_picture = [bench.even_pairs(name, strength, 2, way.settings(even_tree(picture, strength))) for name, picture in bench.pictures.items()]
+        found = [pair for pairs in pairs_by_picture for pair in pairs]
         cost = mean(painting.run.cost / whole_cost(painting.run) for painting, _ in found)
         rows.append([
-            way.label, way.window_px, way.overlap_px, f"{worst_ratio(sum(sums)):.3f}", f"{max(map(worst_ratio, sums)):.3f}", f"{mean(psnr(painting.picture, whole) for painting, whole in found):.1f}",
+            way.label, way.window_px, way.overlap_px, *seams_and_agreement(pairs_by_picture),
             f"{mean(ms_ssim(painting.picture, whole) for painting, whole in found):.4f}", f"{cost:.2f}"])
     return rows
 
@@ -451,12 +459,11 @@ def compare_methods(bench: Bench, strength: float = 0.5) -> list[list]:
     rows = []
     for method in tiled_diffusion.METHODS:
         for schedule in tiled_diffusion.SCHEDULES:
-            found = [
-                (bench.paint(name, in_windows(even_tree(picture, strength), method=method, schedule=schedule)), bench.evenly(name, strength, schedule))
+            pairs_by_picture = [
+                [(bench.paint(name, in_windows(even_tree(picture, strength), method=method, schedule=schedule)), bench.evenly(name, strength, schedule))]
                 for name, picture in bench.pictures.items()
             ]
-            sums = [seam_sums(painting, whole) for painting, whole in found]
-            rows.append([method, schedule, f"{worst_ratio(sum(sums)):.3f}", f"{max(map(worst_ratio, sums)):.3f}", f"{mean(psnr(painting.picture, whole) for painting, whole in found):.1f}"])
+            rows.append([method, schedule, *seams_and_agreement(pairs_by_picture)])
     return rows
 
 

@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, load_module
 from PIL import Image
 
+measures = load_module("qtd_demo_measures", ROOT / "demo" / "measures.py")
 photos = load_module("photos", ROOT / "demo" / "photos.py")
 demo = load_module("qtd_demo", ROOT / "demo" / "demo.py")
 
@@ -55,8 +57,7 @@ def test_edges_are_sharper_where_the_photo_is_redrawn(pictures):
 def test_shrunk_to_the_size_it_came_from_the_result_is_still_the_photo(out):
     photo = photos.load_photo(demo.PHOTO)
     result = Image.open(out / "result.png").resize(photo.size, Image.Resampling.LANCZOS)
-    error = np.square(photos.to_array(result) - photos.to_array(photo)).mean()
-    assert 10 * np.log10(1 / error) > 27
+    assert measures.psnr(*(torch.from_numpy(photos.to_array(picture)) for picture in (result, photo))) > 27
 
 
 @pytest.mark.parametrize("content", [b"not a picture", None])

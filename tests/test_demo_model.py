@@ -1,34 +1,21 @@
 """The demo's models do what their card says, loaded by the host's own nodes."""
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import folder_paths
 import numpy as np
 import pytest
 import torch
 from comfy import model_management
 from comfy_extras.nodes_lotus import LotusConditioning
+from conftest import ROOT, load_module
 from nodes import ConditioningZeroOut, UNETLoader, VAELoader
 
-DEMO = Path(__file__).resolve().parent.parent / "demo"
+DEMO = ROOT / "demo"
 MODELS = DEMO / "models"
 WEIGHTS = ("autoencoder.safetensors", "denoiser.safetensors")
 
-
-def load_demo_module(name):
-    """A file of the demo under a name of its own, so that its folder stays off sys.path."""
-    spec = importlib.util.spec_from_file_location(f"qtd_demo_{name}", DEMO / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-measures = load_demo_module("measures")
-photos = load_demo_module("photos")
+measures = load_module("qtd_demo_measures", DEMO / "measures.py")
+photos = load_module("qtd_demo_photos", DEMO / "photos.py")
 
 
 @pytest.fixture(scope="module", autouse=True)

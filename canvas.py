@@ -66,11 +66,25 @@ def in_units_of(value: torch.Tensor, rects: Sequence[Rect], down: Fraction | int
     return found
 
 
+def scaled(value: torch.Tensor, height: int, width: int, algorithm: str) -> torch.Tensor:
+    """Planes of another size, a picture of another proportion around its middle, as the host scales hints."""
+    return value if tuple(value.shape[-2:]) == (height, width) else comfy.utils.common_upscale(value, width, height, algorithm, "center")
+
+
 def passes_whole(canvas: Canvas, what: str) -> None:
     """Say once in a run that windows see the whole of something."""
-    if ("whole", what) not in canvas.prepared:
-        canvas.prepared["whole", what] = True
-        log.info("%s is not known to belong to a part of the picture: every window sees the whole of it", what)
+    say_once(canvas, f"{what} is not known to belong to a part of the picture: every window sees the whole of it")
+
+
+def run_alone(canvas: Canvas, what: str) -> None:
+    """Say once in a run that windows do not share a batch."""
+    say_once(canvas, f"{what} may take the windows of a batch for images: they are run one at a time")
+
+
+def say_once(canvas: Canvas, line: str) -> None:
+    if ("said", line) not in canvas.prepared:
+        canvas.prepared["said", line] = True
+        log.info("%s", line)
 
 
 def common_part(one: Rect, other: Rect) -> Rect | None:

@@ -20,7 +20,8 @@ import comfy.samplers
 import comfy.utils
 
 from .canvas import Canvas, common_part, cut_rows, in_units_of, moved_to, passes_whole
-from .control import cut_control
+from .control import counts_rows, cut_control
+from .patches import bring_patches
 from .quadtree import Rect
 from .windows import slices
 
@@ -47,8 +48,9 @@ def _kind_of_entry(entry: dict, rect: Rect) -> Hashable:
     if "area" in entry and area is None:
         return None
     boxes = [(id(text), *place) for text, *place in _boxes_in_window(entry, rect)] if "gligen" in entry else []
-    # The guides of LTX-Video are described for a whole batch by one list.
-    alone = rect if "keyframe_idxs" in entry["model_conds"] else None
+    # The guides of LTX-Video are described for a whole batch by one list, and other packs may take rows for images.
+    is_alone = "keyframe_idxs" in entry["model_conds"] or counts_rows(entry.get("control")) or bring_patches(entry.get("hooks"))
+    alone = rect if is_alone else None
     return area, tuple(boxes), alone
 
 

@@ -25,8 +25,9 @@ import comfy.utils
 
 from .canvas import Canvas, cut_latent
 from .conditioning import REFERENCES, cut_conds, kind_of_window
-from .control import cut_model_options
+from .control import check_controls
 from .denoise_schedule import EASE_CELLS, SCHEDULES, eased, progress_at, share_at, txt2img_share_at
+from .patches import apply_model, windows_are_alone, with_windows
 from .quadtree import Quadtree, strength_raster
 from .windows import (
     METHODS, SHIFTS, Blend, TilePlan, WindowCost, WindowSizes, full_grid, group_windows, plan_blend, plan_windows, shift_offsets, slices, window_sizes)
@@ -81,7 +82,7 @@ class TiledDiffusion:
         model = model.clone()
         for kind, wrapper in (
             (types.OUTER_SAMPLE, self._outer_sample), (types.PREPARE_SAMPLING, self._prepare_sampling), (types.SAMPLER_SAMPLE, _sampler_sample),
-            (types.CALC_COND_BATCH, _calc_cond_batch), (types.PREDICT_NOISE, _predict_noise),
+            (types.CALC_COND_BATCH, _calc_cond_batch), (types.PREDICT_NOISE, _predict_noise), (types.APPLY_MODEL, apply_model),
         ):
             model.remove_wrappers_with_key(kind, KEY)
             model.add_wrapper_with_key(kind, KEY, wrapper)
@@ -186,6 +187,13 @@ class Run:
             self.plans[active, offset] = plan, plan_blend(self.settings.method, plan, self.sizes.overlap, self.strengths.device)
         return self.plans[active, offset]
 
+    @property
+    def is_one_window(self) -> bool:
+        """True if no step of the schedule has more than the canvas for a window."""
+        steps = len(self.schedule) - 1
+        plans = (self.plan(step / steps)[0] for step in range(steps))
+        return all(plan.is_whole or not plan.windows for plan in plans)
+
     def count(self, plan: TilePlan) -> None:
         self.calls += 1
         self.windows += len(plan.windows)
@@ -233,8 +241,9 @@ def _put_in_place(wrappers: dict) -> None:
     types = comfy.patcher_extension.WrappersMP
     windows = wrappers[types.CALC_COND_BATCH]
     windows[KEY] = windows.pop(KEY)
-    blend = wrappers[types.PREDICT_NOISE]
-    wrappers[types.PREDICT_NOISE] = {KEY: blend.pop(KEY)} | blend
+    for kind in (types.PREDICT_NOISE, types.APPLY_MODEL):
+        others = wrappers[kind]
+        wrappers[kind] = {KEY: others.pop(KEY)} | others
 
 
 def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs):
@@ -243,6 +252,7 @@ def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, laten
     if run is not None:
         run.begin(guider.inner_model, guider.conds.values(), sigmas, noise, latent_image)
         _check_guidance(extra_args["model_options"], run)
+        _check_controls(guider.conds.values(), run)
     return executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
 
 
@@ -289,7 +299,8 @@ def _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, ble
     run = _run_of(model_options)
     canvas = run.canvas(model, x, plan)
     totals = [None if cond is None else torch.zeros_like(x) for cond in conds]
-    pending = deque(group_windows(plan.windows, lambda window: kind_of_window(conds, window.rect)))
+    alone = windows_are_alone(model_options, canvas)
+    pending = deque(group_windows(plan.windows, lambda window: (kind_of_window(conds, window.rect), window.rect if alone else None)))
     while pending:
         comfy.model_management.throw_exception_if_processing_interrupted()
         group = pending.popleft()
@@ -300,7 +311,7 @@ def _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, ble
         rects = [window.rect for window in group]
         try:
             results = executor(
-                model, cut_conds(conds, rects, canvas), cut_latent(x, rects), sigma.repeat(len(group)), cut_model_options(model_options, rects, canvas))
+                model, cut_conds(conds, rects, canvas), cut_latent(x, rects), sigma.repeat(len(group)), with_windows(model_options, rects, canvas))
         except comfy.model_management.OOM_EXCEPTION:
             if len(group) == 1:
                 raise
@@ -437,6 +448,15 @@ def _check_guidance(model_options, run: Run) -> None:
         raise ValueError(
             "Self-Attention Guidance: expected the whole picture in one window, as it lays one window's attention over all of it. "
             "Remove that node, use Perturbed-Attention Guidance instead, or make min_window as large as the picture.")
+
+
+def _check_controls(conds, run: Run) -> None:
+    """Raise ValueError for a control that cannot be cut, if there is something to cut it to."""
+    try:
+        check_controls(conds)
+    except ValueError:
+        if not run.is_one_window:
+            raise
 
 
 def _check_size(x: torch.Tensor, run: Run) -> None:

@@ -29,6 +29,11 @@ from .quadtree import Rect
 # Those of the host, which have rules of their own.
 HINTS = frozenset({"cond_hint_original", "cond_hint", "extra_concat_orig", "extra_concat"})
 
+# Called before and after sampling, on the original.
+NOT_IN_WINDOWS = frozenset({
+    "cleanup", "copy", "copy_to", "deepclone_multigpu", "get_extra_hooks", "get_models", "get_models_only_self", "inference_memory_requirements", "pre_run",
+    "set_cond_hint", "set_extra_arg", "set_previous_controlnet"})
+
 # What is a model, or belongs to one, is not looked into.
 MODELS = (
     torch.Tensor, torch.nn.Module, comfy.model_patcher.ModelPatcher, comfy.sd.VAE, comfy.sd.CLIP, comfy.latent_formats.LatentFormat, comfy.hooks.HookGroup)
@@ -71,6 +76,8 @@ def _copy_of(control, copies: Copies):
     try:
         return copies.of(control, type(control).__name__)
     except TypeError as error:
+        if control.previous_controlnet is not None:
+            _copy_of(control.previous_controlnet, Copies(lambda path, value: None, _is_control, closed=MODELS))
         raise _refused(control, f"something in which cannot be copied ({error})") from error
 
 
@@ -93,8 +100,9 @@ def _is_control(value) -> bool:
 
 
 def _check_methods(control) -> None:
-    for name, value in _replaced_methods(control).items():
-        function = value
+    for name, function in _replaced_methods(control).items():
+        if name in NOT_IN_WINDOWS:
+            continue
         while isinstance(function, (functools.partial, types.MethodType)):
             function = function.func if isinstance(function, functools.partial) else function.__func__
         if isinstance(function, types.FunctionType) and any(isinstance(part, comfy.controlnet.ControlBase) for part in reachable(function, MODELS)):

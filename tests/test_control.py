@@ -215,36 +215,6 @@ def test_the_users_control_is_not_changed(kind):
     assert all(vars(control)[name] is value for name, value in before.items())
 
 
-def test_a_control_that_is_none_of_the_hosts_passes_whole_with_one_line(caplog):
-    class Foreign:
-        previous_controlnet = extra_hooks = None
-        multigpu_clones: dict = {}
-
-        def pre_run(self, *arguments):
-            pass
-
-        def get_models(self):
-            return []
-
-        def get_extra_hooks(self):
-            return []
-
-        def inference_memory_requirements(self, dtype):
-            return 0
-
-        def cleanup(self):
-            pass
-
-        def get_control(self, x_noisy, *arguments):
-            return {"output": [torch.ones(1, 1, *x_noisy.shape[2:])]}
-    caplog.set_level("INFO")
-    positive = [[tokens, extras | {"control": Foreign()}] for tokens, extras in prompts("sd15")[0]]
-    out = denoised(with_prediction(tiled(load("sd15").patcher), echoed), load("sd15").latent(HEIGHT_PX, WIDTH_PX), positive)
-    assert torch.allclose(out, torch.ones_like(out))
-    assert [record.getMessage() for record in caplog.records if "Foreign" in record.getMessage()] == [
-        "control Foreign is not known to belong to a part of the picture: every window sees the whole of it"]
-
-
 def test_each_device_has_its_windows():
     from qtd_pack.canvas import Canvas
     from qtd_pack.control import cut_control

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 DEEPEST = 10
 
 # Nothing lies in these, or nothing of a pack's own.
-CLOSED = (*weakref.ProxyTypes, type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, types.BuiltinFunctionType, types.GeneratorType)
+CLOSED = (*weakref.ProxyTypes, type(None), bool, int, float, complex, str, bytes, type, types.ModuleType)
 CLOSED_MODULES = ("builtins", "_thread", "enum", "io", "logging", "re", "threading", "torch", "numpy")
 
 Part = tuple[str, object]

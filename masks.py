@@ -21,6 +21,7 @@ from .quadtree import Rect
 NO_MASK = re.compile(r"embed|cond(?!_hint)|sigma|timestep|strength|^[qkv]$|^(key|value|context|dtype|device)s?$|weight|bias|scale|token|latent|image|pixel|noise|\.")
 NEVER = re.compile(r"embed|weights?$|bias$|\.")
 PICTURE = re.compile(r"image|picture|pixel|latent|hint|control|canvas|photo|frame", re.IGNORECASE)
+NO_PICTURE = re.compile(r"embed|cond|sigma|timestep|^[qkv]$|key|value|context|weight|bias|token|\.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,10 @@ def is_hint(path: Sequence[str]) -> bool:
 
 def is_picture(path: Sequence[str]) -> bool:
     return bool(PICTURE.search(_own_name(path)))
+
+
+def is_no_picture(path: Sequence[str]) -> bool:
+    return bool(NO_PICTURE.search(_own_name(path)))
 
 
 def _is_called(word: str, path: Sequence[str]) -> bool:

@@ -20,8 +20,8 @@ import comfy.utils
 
 from .canvas import Canvas, cut_rows, in_units_of, passes_whole, run_alone, scaled
 from .control import with_models_kept
-from .copies import CLOSED, Copies, is_closed
-from .masks import View, as_tensor, covers, cut_to, is_mask, is_picture
+from .copies import CLOSED, Copies, is_closed, parts
+from .masks import View, as_tensor, covers, cut_to, is_mask, is_no_picture, is_picture
 from .quadtree import Rect
 
 # In transformer_options: the windows of a batch, and the canvas that they are cut from.
@@ -107,7 +107,7 @@ def _replaced(path: Sequence[str], value, view: View):
         return _cut_tensor(path, value, view)
     if isinstance(value, types.FunctionType):
         _say_globals(value, view)
-    elif is_closed(value) and (callable(value) or is_mask(path)) and not isinstance(value, (type, torch.Tensor)):
+    elif is_closed(value) and (len(path) == 1 or is_mask(path)) and not isinstance(value, torch.Tensor) and not parts(value):
         passes_whole(view.canvas, f"what {'.'.join(filter(None, path))} ({type(value).__name__}) holds")
     rule = None if isinstance(value, MODELS) else next((rule for names, rule in RULES_OF_PATCHES.items() if _has(value, names)), None)
     return rule and rule(value, view.rects, view.canvas)
@@ -121,7 +121,7 @@ def _cut_tensor(path: Sequence[str], value, view: View):
         if part is None and tensor.ndim >= 2 and min(tensor.shape[-2:]) > 1:
             passes_whole(view.canvas, f"mask {where}, {tuple(tensor.shape)},")
         return part
-    if tensor.ndim >= 3 and covers(tensor, view) and (is_picture(path) or _is_of_the_canvas(tensor, view)):
+    if tensor.ndim >= 3 and covers(tensor, view) and (is_picture(path) or _is_of_the_canvas(tensor, view) and not is_no_picture(path)):
         passes_whole(view.canvas, f"picture {where}, {tuple(tensor.shape)},")
     return None
 

@@ -20,7 +20,7 @@ from aiohttp import web
 
 from .denoise_schedule import share_at
 from .quadtree import (
-    METRICS, VIRIDIS, CellStatistics, Quadtree, check_leaves, coarsen, edit_quadtree, grow_quadtree, measure_cells, painted_cells,
+    METRICS, VIRIDIS, CellStatistics, Quadtree, Refusal, check_leaves, coarsen, edit_quadtree, grow_quadtree, measure_cells, painted_cells,
     parse_edits, strength_colour)
 from .tiled_diffusion import TiledDiffusion, strengths_in_cells
 from .windows import WindowCost, full_grid, plan_windows, window_sizes
@@ -96,21 +96,21 @@ def add_route(server) -> None:
     @server.routes.post(ROUTE)
     async def tree(request: web.Request) -> web.Response:
         if request.content_length is None or request.content_length > LONGEST_REQUEST:
-            return web.json_response({"error": "The settings are too long. Make `edits` shorter or empty."}, status=413)
+            return web.json_response(said(Refusal("too_long", "The settings are too long. Make `edits` shorter or empty.")), status=413)
         status, answer = await asyncio.to_thread(answer_to, pictures, await request.read())
         return web.json_response(answer, status=status)
 
 
-def teller(node_id: str) -> Callable[[str], None] | None:
+def teller(node_id: str) -> Callable[..., None] | None:
     """What shows a line on a node, in the browser that queued the graph; None where there is no server.
 
-    The host's own progress text would vanish at the end of the run, in newer frontends.
+    The line comes with its numbers by name, so that the browser can say it in other languages and reckon with them. The host's own progress text would vanish at the end of the run, in newer frontends.
     """
     server = running_server()
 
-    def tell(line: str) -> None:
+    def tell(line: str, **values) -> None:
         if server.client_id is not None:
-            server.send_sync(EVENT, {"node": node_id, "text": line}, server.client_id)
+            server.send_sync(EVENT, {"node": node_id, "text": line, "values": values}, server.client_id)
 
     return None if server is None else tell
 
@@ -124,7 +124,9 @@ def tree_of(cells: CellStatistics, *, min_leaf: int, max_leaf: int, edits: str, 
     """Build the tree with the settings of QuadtreeFromImage, edits included."""
     check_leaves(min_leaf, max_leaf)
     if min_leaf % cells.cell_px:
-        raise ValueError(f"min_leaf: expected a multiple of {cells.cell_px}, got {min_leaf}. Run the graph to see the tree for other sizes.")
+        raise Refusal(
+            "min_leaf_multiple", "min_leaf: expected a multiple of {cell_px}, got {min_leaf}. Run the graph to see the tree for other sizes.",
+            cell_px=cells.cell_px, min_leaf=min_leaf)
     tree = grow_quadtree(coarsen(cells, min_leaf // cells.cell_px), max_leaf=max_leaf, **settings)
     return edit_quadtree(tree, parse_edits(edits))
 
@@ -136,12 +138,18 @@ def answer_to(pictures: Pictures, body: bytes) -> tuple[int, dict]:
         settings = _checked_settings(given)
         cells = pictures.find(given["picture"]) if isinstance(given.get("picture"), str) else None
         if cells is None:
-            return 404, {"error": "The server no longer has this picture. Run the graph to see its tree."}
+            return 404, said(Refusal("no_picture", "The server no longer has this picture. Run the graph to see its tree."))
         return 200, _answer(cells, settings)
     except RecursionError:
-        return 400, {"error": "The request is nested too deeply."}
+        return 400, said(Refusal("nested", "The request is nested too deeply."))
     except ValueError as problem:
-        return 400, {"error": str(problem)}
+        return 400, said(problem)
+
+
+def said(problem: ValueError) -> dict:
+    """An error as JSON: a sentence in English and, where the browser can say it in other languages, its code and values."""
+    named = {"code": problem.code, "values": problem.values} if isinstance(problem, Refusal) else {}
+    return {"error": str(problem), **named}
 
 
 def estimated_cost(tree: Quadtree) -> float:
@@ -183,27 +191,35 @@ def _answer(cells: CellStatistics, settings: dict) -> dict:
     """Describe the tree, unless it is too large to be drawn."""
     amount = math.ceil(cells.height / settings["min_leaf"]) * math.ceil(cells.width / settings["min_leaf"])
     if amount > MOST_CELLS:
-        raise ValueError(f"{amount} leaves of {settings['min_leaf']} px are too many to be drawn here. The run itself is not affected.")
+        raise Refusal(
+            "too_many_cells", "{amount} leaves of {min_leaf} px are too many to be drawn here. The run itself is not affected.",
+            amount=amount, min_leaf=settings["min_leaf"])
     tree = tree_of(cells, **settings)
     if len(tree.leaves) > MOST_LEAVES:
-        raise ValueError(f"{len(tree.leaves)} leaves are too many to be drawn here, where at most {MOST_LEAVES} are. The run itself is not affected.")
+        raise Refusal(
+            "too_many_leaves", "{amount} leaves are too many to be drawn here, where at most {most} are. The run itself is not affected.",
+            amount=len(tree.leaves), most=MOST_LEAVES)
     return describe(tree, painted_cells(tree, parse_edits(settings["edits"])))
 
 
 def _checked_settings(given) -> dict:
-    """The node's settings in a request. Raises ValueError unless each has its type; quadtree.py checks their ranges."""
+    """The node's settings in a request. Raises Refusal unless each has its type; quadtree.py checks their ranges."""
     if not isinstance(given, dict):
-        raise ValueError("expected the settings of the node.")
-    for names, kinds, kind in ((NUMBERS, (int, float), "a finite number"), (SIDES, (int,), "a whole number"), (TEXTS, (str,), "a text")):
+        raise Refusal("no_settings", "expected the settings of the node.")
+    for names, kinds, code, kind in (
+        (NUMBERS, (int, float), "not_a_number", "a finite number"), (SIDES, (int,), "not_whole", "a whole number"), (TEXTS, (str,), "not_a_text", "a text"),
+    ):
         for name in names:
             value = given.get(name)
             if type(value) not in kinds or (type(value) is float and not math.isfinite(value)):
-                raise ValueError(f"{name}: expected {kind}, got {str(value)[:80]!r}.")
+                raise Refusal(code, "{name}: expected " + kind + ", got {got!r}.", name=name, got=str(value)[:80])
     settings = {name: given[name] for name in NUMBERS + SIDES + TEXTS}
     if settings["min_leaf"] < FINEST_PX or settings["max_leaf"] > LARGEST_LEAF:
-        raise ValueError(f"min_leaf and max_leaf: expected {FINEST_PX} to {LARGEST_LEAF} px, got {settings['min_leaf']} and {settings['max_leaf']}.")
+        raise Refusal(
+            "leaf_range", "min_leaf and max_leaf: expected {least} to {most} px, got {min_leaf} and {max_leaf}.",
+            least=FINEST_PX, most=LARGEST_LEAF, min_leaf=settings["min_leaf"], max_leaf=settings["max_leaf"])
     if settings["metric"] not in METRICS:
-        raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {settings['metric'][:80]!r}.")
+        raise Refusal("not_offered", "{name}: expected one of {offered}, got {got!r}.", name="metric", offered=", ".join(METRICS), got=settings["metric"][:80])
     return settings
 
 

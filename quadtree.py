@@ -23,12 +23,24 @@ VISIBLE = 1.0
 # Characters and pixels; what can be painted by hand stays below both.
 LONGEST_EDITS = 500_000
 LARGEST_EDIT = 1_000_000
+EDITS_FORM = '{"size": [width, height], "squares": [[left, top, side, strength], ...]}'
 
 # The colour map viridis (CC0) at eleven even steps: even to the eye, and safe for colour-blind readers.
 VIRIDIS = (
     (68, 1, 84), (72, 36, 117), (65, 68, 135), (53, 95, 141), (42, 120, 142), (33, 145, 140),
     (34, 168, 132), (68, 191, 112), (122, 209, 81), (189, 223, 38), (253, 231, 37),
 )
+
+
+class Refusal(ValueError):
+    """A setting that cannot be, in English and in a form that the browser can say in other languages.
+
+    text: the message, with the names of the values in braces. code: names the text in locales/*/main.json.
+    """
+
+    def __init__(self, code: str, text: str, **values):
+        super().__init__(text.format(**values))
+        self.code, self.values = code, values
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +192,7 @@ def grow_quadtree(
     check_leaves(cells.cell_px, max_leaf)
     _check_strengths(detail_budget, min_denoise, max_denoise)
     if content_threshold < 0:
-        raise ValueError(f"content_threshold: expected 0 or more, got {content_threshold}.")
+        raise Refusal("not_negative", "{name}: expected 0 or more, got {got}.", name="content_threshold", got=content_threshold)
     contents, areas = _content_levels(cells, max_leaf, metric)
     effective = _least_of_ancestors(contents)
     threshold = _threshold_for_budget(effective, areas, detail_budget) if detail_budget > 0 else content_threshold
@@ -235,7 +247,7 @@ def adjust_quadtree(
 def parse_edits(text: str) -> Edits | None:
     """Read what was painted from its JSON, {"size": [width, height], "squares": [[left, top, side, strength], ...]} in px.
 
-    A strength is 0..1, or null. Blank text gives None. Raises ValueError for anything else.
+    A strength is 0..1, or null. Blank text gives None. Raises Refusal for anything else.
     """
     if not text.strip():
         return None
@@ -251,24 +263,25 @@ def parse_edits(text: str) -> Edits | None:
     except (ValueError, TypeError, KeyError, RecursionError):
         valid = False
     if not valid:
-        raise ValueError(
-            'edits: expected nothing, or {"size": [width, height], "squares": [[left, top, side, strength], ...]} with sizes in pixels and '
-            f"strengths from 0 to 1 or null, got {text[:80]!r}. Make `edits` empty to go on without them.")
+        raise Refusal(
+            "edits_form", "edits: expected nothing, or {form} with sizes in pixels and strengths from 0 to 1 or null, got {got!r}. "
+            "Make `edits` empty (Clear, below the picture on the node) to go on without them.", form=EDITS_FORM, got=text[:80])
     return Edits(height, width, squares)
 
 
 def painted_cells(tree: Quadtree, edits: Edits | None) -> torch.Tensor:
     """The painted strength of each smallest cell, (rows, cols); NaN where nothing is painted.
 
-    Edits of a picture of another size are scaled to the tree's. Raises ValueError if that is of another aspect.
+    Edits of a picture of another size are scaled to the tree's. Raises Refusal if that is of another aspect.
     """
     painted = torch.full((math.ceil(tree.height / tree.min_leaf), math.ceil(tree.width / tree.min_leaf)), math.nan, dtype=torch.float64)
     if edits is None:
         return painted
     if not _same_aspect(tree, edits.height, edits.width):
-        raise ValueError(
-            f"edits: painted on a picture of {edits.width} x {edits.height}, but this one is {tree.width} x {tree.height}, which is another aspect. "
-            "Make `edits` empty (Clear, below the picture on the node), or connect the picture that they were painted on.")
+        raise Refusal(
+            "edits_aspect", "edits: painted on a picture of {painted}, but this one is {here}, which is another aspect. "
+            "Make `edits` empty (Clear, below the picture on the node), or connect the picture that they were painted on.",
+            painted=f"{edits.width} x {edits.height}", here=f"{tree.width} x {tree.height}")
     for square in edits.squares:
         rows = _cells_under(square.top, square.side, tree.height / edits.height / tree.min_leaf)
         cols = _cells_under(square.left, square.side, tree.width / edits.width / tree.min_leaf)
@@ -356,12 +369,16 @@ def composite(original: torch.Tensor, image: torch.Tensor, tree: Quadtree, *, fe
 
 
 def check_leaves(min_leaf: int, max_leaf: int) -> None:
-    """Raise ValueError unless max_leaf is min_leaf doubled a whole number of times."""
+    """Raise Refusal unless max_leaf is min_leaf doubled a whole number of times."""
     if min_leaf < 1 or max_leaf < min_leaf:
-        raise ValueError(f"min_leaf: expected 1 px or more and at most max_leaf ({max_leaf}), got {min_leaf}. Make min_leaf smaller or max_leaf larger.")
+        raise Refusal(
+            "min_leaf_at_most", "min_leaf: expected 1 px or more and at most max_leaf ({max_leaf}), got {min_leaf}. Make min_leaf smaller or max_leaf larger.",
+            min_leaf=min_leaf, max_leaf=max_leaf)
     if min_leaf << _levels_between(min_leaf, max_leaf) != max_leaf:
         below = min_leaf << _levels_between(min_leaf, max_leaf)
-        raise ValueError(f"max_leaf: expected min_leaf ({min_leaf}) doubled some times, got {max_leaf}. The nearest are {below} and {below * 2}.")
+        raise Refusal(
+            "max_leaf_doubled", "max_leaf: expected min_leaf ({min_leaf}) doubled some times, got {max_leaf}. The nearest are {below} and {above}.",
+            min_leaf=min_leaf, max_leaf=max_leaf, below=below, above=below * 2)
 
 
 def _same_aspect(tree: Quadtree, height: int, width: int) -> bool:
@@ -386,9 +403,12 @@ def _levels_between(min_leaf: int, max_leaf: int) -> int:
 def _check_strengths(detail_budget: float, min_denoise: float, max_denoise: float) -> None:
     for name, value in (("detail_budget", detail_budget), ("min_denoise", min_denoise), ("max_denoise", max_denoise)):
         if not 0 <= value <= 1:
-            raise ValueError(f"{name}: expected a number from 0 to 1, got {value}.")
+            raise Refusal("share", "{name}: expected a number from 0 to 1, got {got}.", name=name, got=value)
     if min_denoise > max_denoise:
-        raise ValueError(f"min_denoise: expected at most max_denoise ({max_denoise}), got {min_denoise}. To redraw flat parts instead, use Quadtree Adjust with invert.")
+        raise Refusal(
+            "min_denoise_at_most",
+            "min_denoise: expected at most max_denoise ({max_denoise}), got {min_denoise}. To redraw flat parts instead, use Quadtree Adjust with invert.",
+            min_denoise=min_denoise, max_denoise=max_denoise)
 
 
 def _flat_mask(mask: torch.Tensor, name: str) -> torch.Tensor:

@@ -10,9 +10,11 @@ is affine in the velocity, in eps and in v.
 """
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +50,7 @@ class TiledDiffusion:
     """What the user chose. Sizes are pixels of the picture that is sampled; tile_batch_size 0 is as memory allows.
 
     original, sigmas: the clean latent, as the host's nodes pass it, and the whole schedule, for a stage of several.
-    tell: is given lines for the user, how far a step is and in the end what the run did.
+    tell: is given lines for the user, how far a step is and in the end what the run did, each with its numbers by name.
     """
 
     tree: Quadtree
@@ -63,7 +65,7 @@ class TiledDiffusion:
     seed: int = 0
     original: torch.Tensor | None = None
     sigmas: torch.Tensor | None = None
-    tell: Callable[[str], None] | None = None
+    tell: Callable[..., None] | None = None
 
     def __post_init__(self):
         for name, value, allowed in (("method", self.method, METHODS), ("schedule", self.schedule, SCHEDULES), ("shift_method", self.shift_method, SHIFTS)):
@@ -99,6 +101,10 @@ class TiledDiffusion:
 
         Here and not where the sampler ends: the latent's way into the model's scale and back costs the last bit.
         """
+        with self._named_errors():
+            return self._sampled(executor, noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+    def _sampled(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         _check_latent(latent_image, kwargs.get("latent_shapes"))
         run = Run(self)
         # In this run the guider's options are a copy, made by CFGGuider.sample.
@@ -108,8 +114,22 @@ class TiledDiffusion:
         # Some samplers (uni_pc) overwrite their last sigma.
         finishes = len(sigmas) > 0 and float(sigmas[-1]) == 0
         samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        samples.flatten()[:1].tolist()  # waits for the device, so that the run's time is whole
         run.report()
         return run.restored(samples, latent_image) if finishes else samples
+
+    @contextlib.contextmanager
+    def _named_errors(self):
+        """Let errors of this pack say whose they are: the host shows them on the sampler's node, so this node says them, too."""
+        try:
+            yield
+        except ValueError as problem:
+            *_, (frame, _) = traceback.walk_tb(problem.__traceback__)
+            if frame.f_globals.get("__package__") != __package__:
+                raise
+            if self.tell is not None:
+                self.tell(str(problem), failed=True)
+            raise ValueError(f"Quadtree Tiled Diffusion, {problem}") from problem
 
     def _prepare_sampling(self, executor, model, noise_shape, conds, *args, **kwargs):
         """Report the shape of one window batch, so that memory is set aside for it and not for the canvas."""
@@ -132,10 +152,11 @@ class Run:
         self.batch_limit = settings.tile_batch_size or LARGEST_BATCH
         self.calls = self.windows = self.grid_windows = 0
         self.cost = self.grid_cost = 0.0
-        self.told = time.monotonic()
+        self.told = self.began = time.monotonic()
 
     def begin(self, model, conds, sigmas, noise, latent) -> None:
         """Learn what this run is about: the original, the strengths, the schedule and the windows' sizes."""
+        self.began = time.monotonic()  # the model is loaded
         settings = self.settings
         self.leaf_strengths = strengths_in_cells(settings.tree, *latent.shape[-2:], settings.skip_diffusion_below)
         self.original = self._find_original(model, noise, latent)
@@ -225,7 +246,9 @@ class Run:
             f"{100 * kept:.0f} % of the picture kept exactly")
         log.info(line)
         if self.settings.tell is not None:
-            self.settings.tell(line)
+            self.settings.tell(
+                line, windows=self.windows, grid_windows=self.grid_windows, steps=len(self.schedule) - 1, cost=self.cost / self.grid_cost, kept=kept,
+                seconds=time.monotonic() - self.began)
 
     def tell_windows(self, progress: float, done: int, amount: int) -> None:
         """Tell how far a step is, now and then; a step that takes no time is not worth a line."""
@@ -233,7 +256,8 @@ class Run:
             return
         self.told = time.monotonic()
         steps = len(self.schedule) - 1
-        self.settings.tell(f"step {min(int(progress * steps + 1e-5) + 1, steps)} of {steps}: {done} of {amount} windows")
+        step = min(int(progress * steps + 1e-5) + 1, steps)
+        self.settings.tell(f"step {step} of {steps}: {done} of {amount} windows", step=step, steps=steps, done=done, amount=amount)
 
 
 def _put_in_place(wrappers: dict) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 import urllib.error
 import urllib.request
@@ -10,6 +11,7 @@ import urllib.request
 import pytest
 import skimage.data
 import torch
+from conftest import ROOT
 from sampling import striped_tree
 
 from qtd_pack import preview
@@ -118,10 +120,11 @@ def test_what_is_kept_stays_below_a_size(pictures, monkeypatch):
 
 
 def test_an_unknown_picture_is_not_answered_for(pictures):
-    assert asked(pictures, "0" * 64) == (404, {"error": "The server no longer has this picture. Run the graph to see its tree."})
+    assert asked(pictures, "0" * 64) == (
+        404, {"error": "The server no longer has this picture. Run the graph to see its tree.", "code": "no_picture", "values": {}})
 
 
-@pytest.mark.parametrize("changes, problem", [
+WRONG = [
     ({"detail_budget": "0.4"}, "detail_budget: expected a finite number"),
     ({"detail_budget": True}, "detail_budget: expected a finite number"),
     ({"detail_budget": math.nan}, "detail_budget: expected a finite number"),
@@ -139,11 +142,30 @@ def test_an_unknown_picture_is_not_answered_for(pictures):
     ({"edits": {}}, "edits: expected a text"),
     ({"edits": "x"}, "edits: expected nothing, or"),
     ({"edits": '{"size": [512, 256], "squares": []}'}, "edits: painted on a picture of 512 x 256"),
-])
+]
+
+
+@pytest.mark.parametrize("changes, problem", WRONG)
 def test_a_wrong_setting_is_named(pictures, key, changes, problem):
     status, answer = asked(pictures, key, **changes)
     assert status == 400
     assert answer["error"].startswith(problem)
+
+
+@pytest.mark.parametrize("changes", [changes for changes, _ in WRONG])
+def test_a_refusal_can_be_said_in_other_languages(pictures, key, changes):
+    _, answer = asked(pictures, key, **changes)
+    for locale in ("ja", "zh"):
+        texts = json.loads((ROOT / "locales" / locale / "main.json").read_text("utf-8"))["quadtreeTiledDiffusion"]["errors"]
+        assert set(re.findall(r"{(\w+)}", texts[answer["code"]])) <= set(answer["values"])
+    assert all(type(value) in (str, int, float) for value in answer["values"].values())
+    json.dumps(answer, allow_nan=False)
+
+
+def test_a_refusal_has_the_numbers_that_its_sentence_has(pictures, key):
+    assert asked(pictures, key, max_leaf=100)[1] == {
+        "error": "max_leaf: expected min_leaf (64) doubled some times, got 100. The nearest are 64 and 128.",
+        "code": "max_leaf_doubled", "values": {"min_leaf": 64, "max_leaf": 100, "below": 64, "above": 128}}
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"picture": 1}', b"{}"])
@@ -161,7 +183,9 @@ def test_more_leaves_than_can_be_drawn_are_told_as_a_number():
     pictures = Pictures()
     key = pictures.keep(measure(noise(0, 2048), 8))
     status, answer = asked(pictures, key, min_leaf=8, max_leaf=64, detail_budget=1.0)
-    assert (status, answer) == (400, {"error": "65536 leaves are too many to be drawn here, where at most 50000 are. The run itself is not affected."})
+    assert (status, answer) == (400, {
+        "error": "65536 leaves are too many to be drawn here, where at most 50000 are. The run itself is not affected.",
+        "code": "too_many_leaves", "values": {"amount": 65536, "most": 50000}})
 
 
 def refused(server, body: bytes) -> tuple[int, dict]:
@@ -174,4 +198,5 @@ def refused(server, body: bytes) -> tuple[int, dict]:
 def test_the_server_answers_with_json_whatever_comes(server):
     assert refused(server, json.dumps({"picture": "0" * 64, **SETTINGS}).encode())[0] == 404
     assert refused(server, b"{")[0] == 400
-    assert refused(server, b" " * (preview.LONGEST_REQUEST + 1)) == (413, {"error": "The settings are too long. Make `edits` shorter or empty."})
+    assert refused(server, b" " * (preview.LONGEST_REQUEST + 1)) == (
+        413, {"error": "The settings are too long. Make `edits` shorter or empty.", "code": "too_long", "values": {}})

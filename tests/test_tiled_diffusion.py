@@ -269,9 +269,31 @@ def test_a_tree_of_another_aspect_is_refused_when_sampled(model):
 
 def test_a_run_tells_how_far_a_step_is_and_in_the_end_what_it_did(model, monkeypatch):
     monkeypatch.setattr("qtd_pack.tiled_diffusion.TELL_EVERY", 0.0)
-    lines = []
+    told = []
     latent = model.latent(SIDE_PX, SIDE_PX)
-    sample(model, patched(model, striped_tree(0.0, 1.0), tell=lines.append, tile_batch_size=1), latent, steps=2)
-    assert lines[0] == "step 1 of 2: 1 of 2 windows"
-    assert lines[3] == "step 2 of 2: 2 of 2 windows"
-    assert lines[-1].endswith("% of the picture kept exactly")
+    sample(model, patched(model, striped_tree(0.0, 1.0), tell=lambda line, **values: told.append((line, values)), tile_batch_size=1), latent, steps=2)
+    assert told[0] == ("step 1 of 2: 1 of 2 windows", {"step": 1, "steps": 2, "done": 1, "amount": 2})
+    assert told[3] == ("step 2 of 2: 2 of 2 windows", {"step": 2, "steps": 2, "done": 2, "amount": 2})
+    line, values = told[-1]
+    assert line.endswith("% of the picture kept exactly")
+    assert line.startswith(f"{values['windows']} windows over {values['steps']} steps, {values['cost']:.2f} of the cost of the full grid's {values['grid_windows']}")
+    assert 0 < values["seconds"] < 60 and 0 < values["cost"] < 1 and values["kept"] == 0.5
+
+
+def test_an_error_while_sampling_says_which_node_and_which_input_it_is_about(model):
+    told = []
+    tell = lambda line, **values: told.append((line, values))
+    with pytest.raises(ValueError, match="^Quadtree Tiled Diffusion, quadtree: made for a picture of 384 x 256"):
+        sample(model, patched(model, even_tree(1.0, 256, 384), tell=tell))
+    line, values = told[-1]
+    assert line.startswith("quadtree: made for a picture of 384 x 256") and values == {"failed": True}
+
+
+def test_an_error_of_others_while_sampling_stays_theirs(model):
+    def failing(arguments):
+        raise ValueError("of others")
+
+    ours = patched(model, even_tree(1.0))
+    ours.set_model_sampler_post_cfg_function(failing)
+    with pytest.raises(ValueError, match="^of others$"):
+        sample(model, ours)

@@ -36,13 +36,14 @@ class QuadtreeFromImage(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="The picture that you encode. Several images share one tree, which is as fine as the busiest of them."),
                 io.Float.Input("detail_budget", default=0.4, min=0.0, max=1.0, step=0.01, display_mode=io.NumberDisplay.slider, tooltip="The share of the picture to redraw: the mean strength of its leaves before min_denoise and max_denoise. 0 uses content_threshold instead."),
-                io.Float.Input("content_threshold", default=25.0, min=0.0, max=442.0, step=0.5, advanced=True, tooltip="Used when detail_budget is 0: a square is split while its content, on the 0..255 scale, is above this."),
+                io.Float.Input("content_threshold", default=25.0, min=0.0, max=442.0, step=0.5, tooltip="Used when detail_budget is 0: a square is split while its content, on the 0..255 scale, is above this."),
                 _min_leaf(),
                 _max_leaf(),
                 io.Float.Input("min_denoise", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Strength of the largest leaves. 0 keeps them exactly, and costs nothing."),
                 io.Float.Input("max_denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Strength of the smallest leaves. 1 redraws them wholly; it is relative to the steps of the sampler."),
                 io.Combo.Input("metric", options=list(trees.METRICS), default="variance", advanced=True, tooltip="What counts as content: variance sees contrast, gradient sees edges and texture, combined sees both."),
-                io.String.Input("edits", default="", optional=True, advanced=True, tooltip="Squares painted on the picture of this node, as JSON in pixels. They go before everything else; make it empty to be rid of them."),
+                # Shown as the picture that is painted on; see js/quadtree.js.
+                io.String.Input("edits", default="", optional=True, extra_dict={"widgetType": "QTD_EDITS"}, tooltip="Squares painted on the picture of this node, as JSON in pixels. They go before everything else; make it empty to be rid of them."),
             ],
             outputs=[
                 TREE.Output("quadtree", tooltip="The leaves and their strengths."),
@@ -76,8 +77,9 @@ def _shown(image, cells, tree, settings, cls) -> dict | None:
     height, width = (max(round(side * scale), 1) for side in image.shape[1:3])
     small = comfy.utils.common_upscale(image[:1, ..., :3].expand(-1, -1, -1, 3).movedim(-1, 1), width, height, "area", "disabled").movedim(1, -1)
     picture = ui.PreviewImage(small, cls=cls).as_dict()["images"][0]
+    told = {"cost": preview.estimated_cost(tree), "size": [tree.width, tree.height]}
     # Not under "images", which the host would show a second time.
-    return {"qtd_tree": [{"picture": pictures.keep(cells), "image": picture, "leaves": len(tree.leaves), "settings": settings}]}
+    return {"qtd_tree": [{"picture": pictures.keep(cells), "image": picture, "leaves": len(tree.leaves), "settings": settings, **told}]}
 
 
 class QuadtreeFromMask(io.ComfyNode):

@@ -1,22 +1,22 @@
 // What does one node show, and what does a touch do? The picture with its tree, kept up to date by the server.
 import { drawDiamond, drawFrame, drawStroke, drawTree, fit, hatch, prepare } from "./drawing.mjs";
 import { nextStrength, paint, readEdits, writeEdits } from "./edits.mjs";
+import { say, sayCoded } from "./texts.mjs";
 import { describeLeaf, describeTree, leafAt, neighbour, readTree } from "./tree.mjs";
 
 const ROUTE = "/quadtree_tiled_diffusion/tree";
 const SETTINGS = ["detail_budget", "content_threshold", "min_leaf", "max_leaf", "min_denoise", "max_denoise", "metric", "edits"];
 const DEBOUNCE_MS = 30;
-const HINT = "Run the graph once to see the tree. From then on it follows the settings at once, and you can paint on it.";
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 let count = 0;
 
 export class Overlay {
-  /** node: of the graph. api, app: the host's. */
-  constructor({ node, api, app }) {
-    Object.assign(this, { node, api, app });
+  /** node: of the graph. api, app: the host's. timing: of the page's runs. */
+  constructor({ node, api, app, timing }) {
+    Object.assign(this, { node, api, app, timing });
     this.result = this.tree = this.picture = this.hovered = this.focused = this.stroke = null;
-    this.error = "";
+    this.error = this.edits = "";
     this.requests = new AbortController();
     this.build();
     this.sizes = new ResizeObserver(() => this.draw());
@@ -62,7 +62,7 @@ export class Overlay {
       this.take(await response.json());
     } catch (problem) {
       if (this.requests.signal.aborted) return;
-      this.take({ error: `The server did not answer (${problem.message}).` });
+      this.take({ error: say("noAnswer", { problem: problem.message }) });
     } finally {
       this.isAsking = false;
     }
@@ -70,7 +70,7 @@ export class Overlay {
   }
 
   take(answer) {
-    this.error = answer.error ?? "";
+    this.error = answer.error ? sayCoded("errors", answer.code, this.labelled(answer.values), answer.error) : "";
     this.tree = answer.error ? null : readTree(answer);
     const again = (leaf) => (leaf && this.tree ? leafAt(this.tree, leaf.left + leaf.width / 2, leaf.top + leaf.height / 2) : null);
     this.hovered = again(this.hovered);
@@ -85,7 +85,23 @@ export class Overlay {
   }
 
   widget(name) {
-    return this.node.widgets.find((widget) => widget.name === name);
+    return this.node.widgets?.find((widget) => widget.name === name);
+  }
+
+  /** The values of an error, where a setting is called as it is on the node. */
+  labelled(values = {}) {
+    return "name" in values ? { ...values, name: this.widget(values.name)?.label ?? values.name } : values;
+  }
+
+  /** Remember how long a patch node's run took, if it had this tree. */
+  rememberRun(patch, seconds) {
+    const { cost, size } = this.result ?? {};
+    if (size && this.timing.patchesOf(this.node).includes(patch)) this.timing.remember(this.node, patch, { seconds, cost, size: String(size) });
+    this.showLine();
+  }
+
+  secondsNow() {
+    return this.timing.secondsOf(this.node, this.tree.cost, String([this.tree.width, this.tree.height]));
   }
 
   isWired(name) {
@@ -97,9 +113,9 @@ export class Overlay {
 
   /** Paint leaves with a strength. */
   paintLeaves(leaves, strength) {
-    if (this.isWired("edits")) return this.say("edits is wired: what is painted comes from there.");
+    if (this.isWired("edits")) return this.say(say("wired"));
     const { width, height } = this.tree;
-    const before = readEdits(this.widget("edits").value);
+    const before = readEdits(this.edits);
     // Of another size, but of the same aspect: of any other the server would have shown no tree.
     const scale = before ? width / before.size[0] : 1;
     let squares = before ? before.squares.map(([left, top, side, amount]) => [left * scale, top * scale, side * scale, amount]) : [];
@@ -111,14 +127,18 @@ export class Overlay {
     this.setEdits(writeEdits(width, height, squares));
   }
 
+  /** Take what is painted, the value of the node's `edits`. */
+  setValue(text) {
+    this.edits = String(text ?? "");
+    this.refresh();
+  }
+
   /** Change what is painted, as one step of the host's undo. */
   setEdits(text) {
-    const widget = this.widget("edits");
-    if (widget.value === text) return;
+    if (this.edits === text) return;
     this.app.canvas.emitBeforeChange();
-    widget.value = text;
+    this.widget("edits").value = text;
     this.app.canvas.emitAfterChange();
-    widget.callback?.(text); // refreshes, as when the text is typed
     this.node.graph?.setDirtyCanvas(true, true);
   }
 
@@ -185,7 +205,7 @@ export class Overlay {
     const leaf = (this.focused ??= this.tree.leaves[0]);
     const strength = nextStrength(leaf);
     this.paintLeaves([leaf], strength);
-    this.say({ 0: "Kept exactly.", 1: "Redrawn fully." }[strength] ?? "Left to the tree again.");
+    if (!this.isWired("edits")) this.say(say({ 0: "saidKept", 1: "saidRedrawn" }[strength] ?? "saidReleased"));
     this.drawTop();
   }
 
@@ -226,10 +246,16 @@ export class Overlay {
     return fit(this.tree.width, this.tree.height, this.top.clientWidth, this.top.clientHeight);
   }
 
-  show() {
-    this.line.textContent = this.error || (this.tree ? describeTree(this.tree) : HINT);
+  showLine() {
+    this.line.textContent = this.error || (this.tree ? describeTree(this.tree, this.secondsNow()) : say("hint"));
     this.line.classList.toggle("qtd-error", Boolean(this.error));
-    this.clearButton.disabled = !this.widget("edits")?.value || this.isWired("edits");
+  }
+
+  show() {
+    this.showLine();
+    this.wired.hidden = !this.isWired("edits");
+    this.top.classList.toggle("qtd-readonly", !this.wired.hidden);
+    this.clearButton.disabled = !this.edits || !this.wired.hidden;
     if (this.tree) this.ramp.style.background = `linear-gradient(to right, ${this.tree.palette.join(", ")})`;
     this.element.dataset.leaves = this.tree ? String(this.tree.leaves.length) : "";
     this.draw();
@@ -272,26 +298,26 @@ export class Overlay {
     this.stage = make("div", "qtd-stage");
     this.base = make("canvas", "qtd-layer", { "aria-hidden": "true" });
     this.top = make("canvas", "qtd-layer qtd-top", {
-      tabindex: "0", role: "application", "aria-roledescription": "quadtree", "aria-describedby": id,
-      "aria-label": "Leaves of the picture. Arrow keys go from leaf to leaf, Enter keeps, redraws or releases a leaf, Control Z undoes, Escape leaves.",
+      tabindex: "0", role: "application", "aria-roledescription": say("role"), "aria-describedby": id, "aria-label": say("aria"),
     });
     this.tip = make("div", "qtd-tip", { role: "tooltip" });
     this.tip.hidden = true;
     this.stage.append(this.base, this.top, this.tip);
-    this.line = make("div", "qtd-line", { id, title: "The cost is for a picture of this size, windows of the default sizes and 20 steps." });
+    this.line = make("div", "qtd-line", { id, title: say("lineTip") });
+    this.wired = make("div", "qtd-wired", { role: "status" }, say("wired"));
     this.live = make("div", "qtd-live", { "aria-live": "polite" });
-    this.element.append(this.stage, this.buildLegend(), this.line, this.live);
+    this.element.append(this.stage, this.buildLegend(), this.wired, this.line, this.live);
     this.listen();
   }
 
   buildLegend() {
     const legend = make("div", "qtd-legend");
     this.ramp = make("span", "qtd-ramp", { "aria-hidden": "true" });
-    this.clearButton = make("button", "qtd-button", { type: "button", title: "Take back all that was painted" }, "Clear");
+    this.clearButton = make("button", "qtd-button", { type: "button", title: say("clearTip") }, say("clear"));
     legend.append(
-      make("span", "", {}, "strength 0"), this.ramp, make("span", "", {}, "1"),
-      swatch((context) => hatch(context, [0, 0, 14, 14])), make("span", "", {}, "kept exactly"),
-      swatch((context) => drawDiamond(context, [0, 0, 14, 14])), make("span", "", {}, "painted"),
+      make("span", "", {}, say("strengthZero")), this.ramp, make("span", "", {}, say("strengthOne")),
+      swatch((context) => hatch(context, [0, 0, 14, 14])), make("span", "", {}, say("keptExactly")),
+      swatch((context) => drawDiamond(context, [0, 0, 14, 14])), make("span", "", {}, say("painted")),
       this.clearButton);
     return legend;
   }

@@ -3,31 +3,61 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { Overlay } from "./overlay.mjs";
 import { addRunLine } from "./runline.mjs";
+import { loadTexts } from "./texts.mjs";
+import { Timing } from "./timing.mjs";
 
 const TREE_NODE = "QuadtreeFromImage";
 const PATCH_NODE = "QuadtreeTiledDiffusion";
 const RESULT = "qtd_tree";
 const RUN_EVENT = "quadtree_tiled_diffusion.run";
 
+const timing = new Timing(app);
 const overlays = new WeakMap();
 const runLines = new WeakMap();
 
-function addOverlay(node) {
-  const overlay = new Overlay({ node, api, app });
-  const widget = node.addDOMWidget("qtd_overlay", "qtd_overlay", overlay.element, {
-    serialize: false, // not in the prompt
+/** The widget of `edits`: the overlay, whose value is what is painted. */
+function addOverlay(node, name) {
+  const overlay = new Overlay({ node, api, app, timing });
+  const widget = node.addDOMWidget(name, "qtd_edits", overlay.element, {
     hideOnZoom: false,
+    hideInPanel: true, // the element is on the node, and there is only one
     getMinHeight: () => 300,
+    getValue: () => overlay.edits,
+    setValue: (text) => overlay.setValue(text),
   });
-  widget.serialize = false; // not in the workflow
+  // The host hides elements whose input is wired; the tree stays worth seeing.
+  Object.defineProperty(widget, "computedDisabled", { get: () => false, set() {} });
   overlays.set(node, overlay);
+  return widget;
+}
+
+function connectOverlay(node) {
+  const overlay = overlays.get(node);
+  const update = () => {
+    offerThreshold(node);
+    overlay.refresh();
+  };
   chain(node, "onExecuted", (result) => overlay.setResult(result?.[RESULT]?.[0]));
-  chain(node, "onConfigure", () => overlay.refresh());
-  chain(node, "onConnectionsChange", () => overlay.refresh());
+  chain(node, "onConfigure", update);
+  chain(node, "onConnectionsChange", update);
   chain(node, "onRemoved", () => overlay.close());
-  for (const setting of node.widgets) if (setting !== widget) chain(setting, "callback", () => overlay.refresh());
+  for (const setting of node.widgets) if (setting.name !== "edits") chain(setting, "callback", update);
+  offerThreshold(node);
   const [width, height] = node.computeSize();
   node.setSize([Math.max(width, 360), Math.max(height, node.size[1])]);
+}
+
+/** Offer content_threshold only where it counts, while detail_budget is 0 or comes by a wire, and where it has a wire itself. */
+function offerThreshold(node) {
+  const [budget, threshold] = ["detail_budget", "content_threshold"].map((name) => node.widgets.find((widget) => widget.name === name));
+  const isWired = (widget) => node.inputs.some((input) => input.widget?.name === widget.name && input.link != null);
+  const hidden = budget.value > 0 && !isWired(budget) && !isWired(threshold);
+  if (Boolean(threshold.hidden) === hidden) return;
+  threshold.hidden = threshold.options.hidden = hidden;
+  if (hidden) threshold.y = -1e4; // or its socket would stay, under the next widget's
+  // Nodes 2.0 looks again when the list changes.
+  if (window.LiteGraph?.vueNodesMode) node.widgets = [...node.widgets];
+  node.graph?.setDirtyCanvas(true, true);
 }
 
 /** Call `more` after the method that the object has already. */
@@ -58,6 +88,18 @@ function nodeOfRun(id) {
   return graph?.getNodeById(path.at(-1));
 }
 
+function takeRun(detail) {
+  const node = nodeOfRun(detail.node);
+  if (!node) return;
+  runLines.get(node)?.(detail);
+  const seconds = detail.values?.seconds;
+  if (seconds !== undefined) eachOverlay((overlay) => overlay.rememberRun(node, seconds));
+}
+
+function eachOverlay(visit) {
+  for (const node of allNodes(app.rootGraph)) if (overlays.has(node)) visit(overlays.get(node));
+}
+
 function addStyle() {
   const link = document.createElement("link");
   link.rel = "stylesheet";
@@ -67,15 +109,18 @@ function addStyle() {
 
 app.registerExtension({
   name: "quadtreetileddiffusion.overlay",
-  init: addStyle,
-  setup() {
-    api.addEventListener(RUN_EVENT, ({ detail }) => {
-      const node = nodeOfRun(detail.node);
-      if (node) runLines.get(node)?.(detail.text);
-    });
+  async init() {
+    addStyle();
+    await loadTexts(api, app);
   },
+  setup() {
+    api.addEventListener(RUN_EVENT, ({ detail }) => takeRun(detail));
+    // Another model, or other steps: the time of the last run may no longer be known.
+    api.addEventListener("graphChanged", () => eachOverlay((overlay) => overlay.showLine()));
+  },
+  getCustomWidgets: () => ({ QTD_EDITS: (node, name) => ({ widget: addOverlay(node, name) }) }),
   nodeCreated(node) {
-    if (node.constructor.comfyClass === TREE_NODE) addOverlay(node);
+    if (node.constructor.comfyClass === TREE_NODE) connectOverlay(node);
     if (node.constructor.comfyClass === PATCH_NODE) runLines.set(node, addRunLine(node));
   },
   // The results of a workflow whose tab is shown again.

@@ -1,16 +1,24 @@
 // What did the run do? A line of text on the node that patches the model.
+import { say, sayCoded } from "./texts.mjs";
 
-const HINT = "After a run: what it cost, and how much was kept.";
-
-/** Put the line on a node; returns the function that sets it. */
+/** Put the line on a node; returns the function that shows what a run tells: {text, values}. */
 export function addRunLine(node) {
   const element = document.createElement("div");
   element.className = "qtd qtd-run";
   element.setAttribute("role", "status");
-  element.textContent = HINT;
-  const widget = node.addDOMWidget("qtd_run", "qtd_run", element, { serialize: false, hideOnZoom: false, getMinHeight: () => 60, getMaxHeight: () => 80 });
+  element.textContent = say("runHint");
+  const widget = node.addDOMWidget("qtd_run", "qtd_run", element, {
+    serialize: false, hideOnZoom: false, hideInPanel: true, getMinHeight: () => 60, getMaxHeight: () => 80 });
   widget.serialize = false; // not in the workflow either
-  return (text) => {
-    element.textContent = text;
+  return ({ text, values = {} }) => {
+    element.textContent = describeRun(text, values);
+    element.classList.toggle("qtd-error", Boolean(values.failed));
   };
+}
+
+function describeRun(text, values) {
+  if (values.failed) return text;
+  if ("done" in values) return sayCoded("run", "step", values, text);
+  const rounded = { ...values, cost: values.cost?.toFixed(2), kept: Math.round(100 * values.kept) };
+  return sayCoded("run", "end", rounded, text);
 }

@@ -1,4 +1,5 @@
 // What did the server say? Its answer as objects, and which leaf lies where.
+import { say } from "./texts.mjs";
 
 /** Unpack the server's answer (see `describe` in preview.py). */
 export function readTree(answer) {
@@ -26,20 +27,27 @@ export function neighbour(tree, leaf, dx, dy) {
 
 /** A leaf in words. */
 export function describeLeaf(leaf, steps) {
-  const size = leaf.width === leaf.side && leaf.height === leaf.side ? `${leaf.side} px` : `${leaf.side} px, here ${leaf.width} x ${leaf.height}`;
-  const strength = leaf.strength === 0 ? "strength 0, kept exactly" : `strength ${leaf.strength.toFixed(2)}, ${describeSteps(leaf.steps, steps)}`;
-  return `${size}, detail ${leaf.detail.toFixed(1)}\n${strength}${leaf.painted ? "\npainted by you" : ""}`;
+  const isCut = leaf.width !== leaf.side || leaf.height !== leaf.side;
+  const size = say(isCut ? "leafCut" : "leaf", { ...leaf, detail: leaf.detail.toFixed(1) });
+  return `${size}\n${describeStrength(leaf, steps)}${leaf.painted ? `\n${say("leafPainted")}` : ""}`;
 }
 
-/** The tree in words. */
-export function describeTree(tree) {
-  const percent = (share) => `${Math.round(share * 100)} %`;
-  return `${tree.leaves.length} leaves, ${percent(tree.kept_share)} kept exactly. Estimated cost: ${percent(tree.cost)} of sampling everything.`;
+/** The tree in words. seconds: what it will take, or null. */
+export function describeTree(tree, seconds) {
+  const values = { leaves: tree.leaves.length, kept: Math.round(tree.kept_share * 100), cost: Math.round(tree.cost * 100) };
+  return seconds === null ? say("tree", values) : say("treeTime", { ...values, time: describeTime(seconds) });
 }
 
-function describeSteps(active, steps) {
-  if (active === 0) return `not sampled within ${steps} steps`;
-  return active === steps ? `all of ${steps} steps` : `last ${active} of ${steps} steps`;
+function describeTime(seconds) {
+  if (seconds < 10) return say("seconds", { seconds: seconds.toFixed(1) });
+  const whole = Math.round(seconds);
+  return whole < 120 ? say("seconds", { seconds: whole }) : say("minutes", { minutes: Math.floor(whole / 60), seconds: whole % 60 });
+}
+
+function describeStrength({ strength, steps: active }, steps) {
+  if (strength === 0) return say("leafKept");
+  const key = active === 0 ? "leafNone" : active === steps ? "leafAll" : "leafLast";
+  return say(key, { strength: strength.toFixed(2), active, steps });
 }
 
 /** The index of the leaf over each smallest cell. */

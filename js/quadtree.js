@@ -34,7 +34,7 @@ function addOverlay(node, name) {
 function connectOverlay(node) {
   const overlay = overlays.get(node);
   const update = () => {
-    offerThreshold(node);
+    offerThreshold(node, overlay);
     overlay.refresh();
   };
   chain(node, "onExecuted", (result) => overlay.setResult(result?.[RESULT]?.[0]));
@@ -42,16 +42,15 @@ function connectOverlay(node) {
   chain(node, "onConnectionsChange", update);
   chain(node, "onRemoved", () => overlay.close());
   for (const setting of node.widgets) if (setting.name !== "edits") chain(setting, "callback", update);
-  offerThreshold(node);
+  offerThreshold(node, overlay);
   const [width, height] = node.computeSize();
   node.setSize([Math.max(width, 360), Math.max(height, node.size[1])]);
 }
 
 /** Offer content_threshold only where it counts, while detail_budget is 0 or comes by a wire, and where it has a wire itself. */
-function offerThreshold(node) {
-  const [budget, threshold] = ["detail_budget", "content_threshold"].map((name) => node.widgets.find((widget) => widget.name === name));
-  const isWired = (widget) => node.inputs.some((input) => input.widget?.name === widget.name && input.link != null);
-  const hidden = budget.value > 0 && !isWired(budget) && !isWired(threshold);
+function offerThreshold(node, overlay) {
+  const [budget, threshold] = ["detail_budget", "content_threshold"].map((name) => overlay.widget(name));
+  const hidden = budget.value > 0 && !overlay.isWired(budget.name) && !overlay.isWired(threshold.name);
   if (Boolean(threshold.hidden) === hidden) return;
   threshold.hidden = threshold.options.hidden = hidden;
   if (hidden) threshold.y = -1e4; // or its socket would stay, under the next widget's

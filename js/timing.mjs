@@ -2,7 +2,7 @@
 
 const PATCH_NODE = "QuadtreeTiledDiffusion";
 const PASSES_ON = "QuadtreeAdjust";
-const OUTPUT_OF_SUBGRAPH = "-20"; // the host's id for it
+const INPUT_OF_SUBGRAPH = "-10"; // the host's id for it
 const IS_OFF = [2, 4]; // muted, bypassed
 // What decides about the time beside the model, on the nodes that get it.
 const SAMPLING = ["steps", "cfg", "sampler_name", "scheduler", "denoise"];
@@ -16,45 +16,61 @@ export class Timing {
 
   /** Remember a run of a patch node, beside what its tree was estimated to cost for a picture of this size. */
   remember(tree, patch, { seconds, cost, size }) {
-    if (cost > 0) this.runs.set(this.keyOf(tree, patch), { seconds: seconds / cost, size, made: madeWith(patch) });
+    if (cost > 0) this.runs.set(this.keyOf(tree, patch), { seconds: seconds / cost, size, made: this.madeWith(patch) });
   }
 
   /** The seconds that the tree stands for, at this cost and size; null where no run tells. */
   secondsOf(tree, cost, size) {
     const patches = this.patchesOf(tree);
     const runs = patches.map((patch) => this.runs.get(this.keyOf(tree, patch)));
-    const isKnown = runs.length > 0 && runs.every((run, index) => run?.size === size && run.made === madeWith(patches[index]));
+    const isKnown = runs.length > 0 && runs.every((run, index) => run?.size === size && run.made === this.madeWith(patches[index]));
     return isKnown ? cost * runs.reduce((sum, run) => sum + run.seconds, 0) : null;
   }
 
   /** The patch nodes that a tree goes to: by wires, through reroutes and Quadtree Adjust, into and out of subgraphs. */
   patchesOf(tree) {
-    const found = new Set();
-    const seen = new Set();
-    const follow = (node, output) => {
-      const key = `${this.pathOf(node)} ${output}`;
-      if (seen.has(key)) return;
-      seen.add(key);
-      for (const link of linksFrom(node, output)) this.arrive(node.graph, link, follow, found);
-    };
-    follow(tree, 0);
-    return [...found];
+    return this.allNodes().filter((node) => node.constructor.comfyClass === PATCH_NODE && !IS_OFF.includes(node.mode) && this.hasTree(node, "quadtree", tree));
   }
 
-  arrive(graph, link, follow, found) {
-    if (String(link.target_id) === OUTPUT_OF_SUBGRAPH) {
-      for (const outer of this.allNodes()) if (outer.subgraph === graph) follow(outer, link.target_slot);
-      return;
+  hasTree(node, slotName, tree, seen = new Set()) {
+    if (seen.has(node)) return false;
+    seen.add(node);
+    const slot = node.isVirtualNode ? 0 : node.inputs.findIndex((input) => input.name === slotName);
+    const passesOn = (source) => source.constructor.comfyClass === PASSES_ON || source.isVirtualNode;
+    return this.sourcesOf(node, slot).some((source) => source === tree || (passesOn(source) && this.hasTree(source, slotName, tree, seen)));
+  }
+
+  /** The nodes whose output an input gets, across the borders of subgraphs: one, or one for each use of the subgraph. */
+  sourcesOf(node, slot) {
+    const link = slot < 0 ? null : node.getInputLink(slot);
+    return link ? this.originsOf(node.graph, link) : [];
+  }
+
+  originsOf(graph, link) {
+    if (String(link.origin_id) === INPUT_OF_SUBGRAPH) {
+      return this.allNodes().filter((outer) => outer.subgraph === graph).flatMap((outer) => this.sourcesOf(outer, link.origin_slot));
     }
-    const target = graph.getNodeById(link.target_id);
-    if (!target) return;
-    if (target.subgraph) {
-      for (const id of target.subgraph.inputs[link.target_slot]?.linkIds ?? []) {
-        const inner = target.subgraph.getLink(id);
-        if (inner) this.arrive(target.subgraph, inner, follow, found);
-      }
-    } else if (target.comfyClass === PATCH_NODE && !IS_OFF.includes(target.mode)) found.add(target);
-    else if (target.comfyClass === PASSES_ON || target.isVirtualNode) follow(target, 0);
+    const origin = graph.getNodeById(link.origin_id);
+    if (!origin?.subgraph) return origin ? [origin] : [];
+    const inside = (origin.subgraph.outputs[link.origin_slot]?.linkIds ?? []).map((id) => origin.subgraph.getLink(id));
+    return inside.filter(Boolean).flatMap((inner) => this.originsOf(origin.subgraph, inner));
+  }
+
+  /** What a run of a patch node depends on, in one text: the nodes that its model comes from, and how it is sampled. */
+  madeWith(patch) {
+    const parts = [];
+    const seen = new Set();
+    const climb = (node) => {
+      if (seen.has(node)) return;
+      seen.add(node);
+      if (node !== patch) parts.push([node.type, node.mode, ...(node.widgets ?? []).map((widget) => widget.value)]);
+      node.inputs?.forEach((input, slot) => input.type === "MODEL" && this.sourcesOf(node, slot).forEach(climb));
+    };
+    climb(patch);
+    for (const sampler of patch.getOutputNodes(0) ?? []) {
+      parts.push(SAMPLING.map((name) => sampler.widgets?.find((widget) => widget.name === name)?.value));
+    }
+    return JSON.stringify(parts);
   }
 
   allNodes() {
@@ -64,32 +80,7 @@ export class Timing {
 
   // Nodes are made anew by undo and by a change of the language; their ids stay.
   keyOf(tree, patch) {
-    return `${this.app.rootGraph.id} ${this.pathOf(tree)} ${this.pathOf(patch)}`;
+    const pathOf = (node) => `${node.graph?.id}:${node.id}`;
+    return `${this.app.rootGraph.id} ${pathOf(tree)} ${pathOf(patch)}`;
   }
-
-  pathOf(node) {
-    return `${node.graph?.id}:${node.id}`;
-  }
-}
-
-function linksFrom(node, output) {
-  return (node.outputs?.[output]?.links ?? []).map((id) => node.graph.getLink(id)).filter(Boolean);
-}
-
-/** What a run of this patch node depends on, in one text: the nodes that its model comes from, and how it is sampled. */
-function madeWith(patch) {
-  const parts = [];
-  const seen = new Set();
-  const climb = (node) => {
-    if (!node || seen.has(node)) return;
-    seen.add(node);
-    if (node !== patch) parts.push([node.type, node.mode, ...(node.widgets ?? []).map((widget) => widget.value)]);
-    node.inputs?.forEach((input, slot) => input.type === "MODEL" && climb(node.getInputNode(slot)));
-  };
-  climb(patch);
-  for (const link of linksFrom(patch, 0)) {
-    const sampler = patch.graph.getNodeById(link.target_id);
-    parts.push(SAMPLING.map((name) => sampler?.widgets?.find((widget) => widget.name === name)?.value));
-  }
-  return JSON.stringify(parts);
 }

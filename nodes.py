@@ -8,7 +8,7 @@ import comfy.utils
 from . import preview
 from . import quadtree as trees
 from .denoise_schedule import SCHEDULES
-from .tiled_diffusion import TiledDiffusion
+from .tiled_diffusion import TiledDiffusion, check_windows
 from .windows import METHODS, SHIFTS
 
 CATEGORY = "quadtree tiled diffusion"
@@ -24,6 +24,25 @@ def _min_leaf():
 
 def _max_leaf():
     return io.Int.Input("max_leaf", default=1024, min=8, max=8192, step=8, tooltip="Side of the largest leaves, in pixels: min_leaf doubled some times (128, 256, 512, 1024 for 64).")
+
+
+def _first_problem(node, *checks) -> bool | str:
+    """What validate_inputs answers: True, or in words what is wrong with the values of the node's widgets.
+
+    checks: functions that raise ValueError, each with its arguments; None is what comes by a wire, and checked when the node runs.
+    An input that validate_inputs names is no longer checked for its range by the host, so that is done here.
+    """
+    ranges = {entry.id: entry for entry in node.define_schema().inputs if getattr(entry, "max", None) is not None}
+    for check, given in checks:
+        for name, value in given.items():
+            if value is not None and name in ranges and not ranges[name].min <= value <= ranges[name].max:
+                return f"{name}: expected {ranges[name].min} to {ranges[name].max}, got {value}."
+        try:
+            if None not in given.values():
+                check(**given)
+        except ValueError as problem:
+            return str(problem)
+    return True
 
 
 class QuadtreeFromImage(io.ComfyNode):
@@ -54,12 +73,10 @@ class QuadtreeFromImage(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, edits="") -> bool | str:
-        try:
-            trees.parse_edits(edits)
-        except ValueError as problem:
-            return str(problem)
-        return True
+    def validate_inputs(cls, min_leaf=None, max_leaf=None, min_denoise=None, max_denoise=None, edits=None) -> bool | str:
+        return _first_problem(
+            cls, (trees.check_leaves, {"min_leaf": min_leaf, "max_leaf": max_leaf}),
+            (trees.check_strengths, {"min_denoise": min_denoise, "max_denoise": max_denoise}), (trees.parse_edits, {"text": edits}))
 
     @classmethod
     def execute(cls, image, edits="", **settings) -> io.NodeOutput:
@@ -97,6 +114,10 @@ class QuadtreeFromMask(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, min_leaf=None, max_leaf=None) -> bool | str:
+        return _first_problem(cls, (trees.check_leaves, {"min_leaf": min_leaf, "max_leaf": max_leaf}))
+
+    @classmethod
     def execute(cls, mask, min_leaf, max_leaf) -> io.NodeOutput:
         return io.NodeOutput(trees.quadtree_from_mask(mask, min_leaf=min_leaf, max_leaf=max_leaf))
 
@@ -117,6 +138,10 @@ class QuadtreeAdjust(io.ComfyNode):
             ],
             outputs=[TREE.Output("quadtree", tooltip="The tree with its new strengths.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, min_denoise=None, max_denoise=None) -> bool | str:
+        return _first_problem(cls, (trees.check_strengths, {"min_denoise": min_denoise, "max_denoise": max_denoise}))
 
     @classmethod
     def execute(cls, quadtree, min_denoise, max_denoise, gamma, invert, protect=None) -> io.NodeOutput:
@@ -167,6 +192,10 @@ class QuadtreeTiledDiffusion(io.ComfyNode):
             outputs=[io.Model.Output("model", tooltip="The patched model, for any sampler node.")],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, min_window=None, max_window=None) -> bool | str:
+        return _first_problem(cls, (check_windows, {"min_window": min_window, "max_window": max_window}))
 
     @classmethod
     def execute(cls, model, quadtree, original=None, **settings) -> io.NodeOutput:

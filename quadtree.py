@@ -190,7 +190,8 @@ def grow_quadtree(
     smallest leaf, in log2 of the side.
     """
     check_leaves(cells.cell_px, max_leaf)
-    _check_strengths(detail_budget, min_denoise, max_denoise)
+    _check_share("detail_budget", detail_budget)
+    check_strengths(min_denoise, max_denoise)
     if content_threshold < 0:
         raise Refusal("not_negative", "{name}: expected 0 or more, got {got}.", name="content_threshold", got=content_threshold)
     contents, areas = _content_levels(cells, max_leaf, metric)
@@ -234,7 +235,7 @@ def adjust_quadtree(
     invert: takes 1 - s first. protect: (B, H, W) or (H, W) of the tree's aspect, white = keep exactly;
     leaves on its edge are split down to min_leaf.
     """
-    _check_strengths(0.0, min_denoise, max_denoise)
+    check_strengths(min_denoise, max_denoise)
     if gamma <= 0:
         raise ValueError(f"gamma: expected a number above 0, got {gamma}. 1 changes nothing, 2 spares middle strengths, 0.5 favours them.")
     level, detail, strength = _grids(tree)
@@ -381,6 +382,17 @@ def check_leaves(min_leaf: int, max_leaf: int) -> None:
             min_leaf=min_leaf, max_leaf=max_leaf, below=below, above=below * 2)
 
 
+def check_strengths(min_denoise: float, max_denoise: float) -> None:
+    """Raise Refusal unless both are strengths and the first is no larger than the second."""
+    _check_share("min_denoise", min_denoise)
+    _check_share("max_denoise", max_denoise)
+    if min_denoise > max_denoise:
+        raise Refusal(
+            "min_denoise_at_most",
+            "min_denoise: expected at most max_denoise ({max_denoise}), got {min_denoise}. To redraw flat parts instead, use Quadtree Adjust with invert.",
+            min_denoise=min_denoise, max_denoise=max_denoise)
+
+
 def _same_aspect(tree: Quadtree, height: int, width: int) -> bool:
     """Whether some whole scale turns the tree's size into height x width, to within a cell."""
     scales = [(side_px / (side + 1), side_px / max(side - 1, 1e-9)) for side_px, side in ((tree.height, height), (tree.width, width))]
@@ -400,15 +412,9 @@ def _levels_between(min_leaf: int, max_leaf: int) -> int:
     return (max_leaf // min_leaf).bit_length() - 1
 
 
-def _check_strengths(detail_budget: float, min_denoise: float, max_denoise: float) -> None:
-    for name, value in (("detail_budget", detail_budget), ("min_denoise", min_denoise), ("max_denoise", max_denoise)):
-        if not 0 <= value <= 1:
-            raise Refusal("share", "{name}: expected a number from 0 to 1, got {got}.", name=name, got=value)
-    if min_denoise > max_denoise:
-        raise Refusal(
-            "min_denoise_at_most",
-            "min_denoise: expected at most max_denoise ({max_denoise}), got {min_denoise}. To redraw flat parts instead, use Quadtree Adjust with invert.",
-            min_denoise=min_denoise, max_denoise=max_denoise)
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise Refusal("share", "{name}: expected a number from 0 to 1, got {got}.", name=name, got=value)
 
 
 def _flat_mask(mask: torch.Tensor, name: str) -> torch.Tensor:

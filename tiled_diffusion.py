@@ -71,8 +71,7 @@ class TiledDiffusion:
         for name, value, allowed in (("method", self.method, METHODS), ("schedule", self.schedule, SCHEDULES), ("shift_method", self.shift_method, SHIFTS)):
             if value not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}.")
-        if not 0 < self.min_window <= self.max_window:
-            raise ValueError(f"min_window: expected at least 1 px and at most max_window ({self.max_window}), got {self.min_window}.")
+        check_windows(self.min_window, self.max_window)
         if self.tile_overlap < 0 or self.tile_batch_size < 0:
             raise ValueError(f"tile_overlap and tile_batch_size: expected 0 or more, got {self.tile_overlap} and {self.tile_batch_size}.")
         if not 0 <= self.skip_diffusion_below <= 1:
@@ -258,6 +257,13 @@ class Run:
         steps = len(self.schedule) - 1
         step = min(int(progress * steps + 1e-5) + 1, steps)
         self.settings.tell(f"step {step} of {steps}: {done} of {amount} windows", step=step, steps=steps, done=done, amount=amount)
+
+
+def check_windows(min_window: int, max_window: int) -> None:
+    """Raise ValueError unless the sides of windows, in pixels, are in order."""
+    if not 0 < min_window <= max_window:
+        raise ValueError(
+            f"min_window: expected at least 1 px and at most max_window ({max_window}), got {min_window}. Make min_window smaller or max_window larger.")
 
 
 def _put_in_place(wrappers: dict) -> None:

@@ -25,8 +25,8 @@ function addOverlay(node, name) {
     getValue: () => overlay.edits,
     setValue: (text) => overlay.setValue(text),
   });
-  // The host hides elements whose input is wired; the tree stays worth seeing.
-  Object.defineProperty(widget, "computedDisabled", { get: () => false, set() {} });
+  // The host hides elements whose input is wired (the second is of its newer pages); the tree stays worth seeing.
+  for (const name of ["computedDisabled", "connectionSuppressed"]) Object.defineProperty(widget, name, { get: () => false, set() {} });
   overlays.set(node, overlay);
   return widget;
 }

@@ -5,12 +5,15 @@ import asyncio
 import inspect
 import io as files
 import json
+import urllib.error
+import urllib.request
 
 import pytest
 import skimage.data
 import torch
 from conftest import host_server
 from PIL import Image
+from stand_ins import write_stand_in
 
 from qtd_pack import nodes, preview
 from qtd_pack.quadtree import build_quadtree
@@ -100,6 +103,94 @@ def test_edits_change_the_strengths_without_a_browser(server, picture):
 def test_edits_that_are_not_edits_are_refused_before_anything_runs(server, picture):
     with pytest.raises(host_server.HostError, match="400.*edits: expected nothing, or"):
         server.run_graph(tree_graph(**settings_of_tree(edits="[1")))
+
+
+def refusals(server, graph: dict, node: str) -> dict:
+    """What the host says of each input of a node when it refuses a graph, by the input's name."""
+    request = urllib.request.Request(server.url + "/prompt", json.dumps({"prompt": graph}).encode(), {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(request, timeout=60)
+    assert refusal.value.code == 400
+    errors = json.loads(refusal.value.read())["node_errors"][node]["errors"]
+    return {error["extra_info"]["input_name"]: error["details"].partition(" - ")[2] for error in errors}
+
+
+def mask_graph(**settings) -> dict:
+    graph = tree_graph(**settings_of_tree())
+    graph["tree"] = {"class_type": "QuadtreeFromMask", "inputs": {"mask": ["load", 1], "min_leaf": 64, "max_leaf": 128, **settings}}
+    return graph
+
+
+def adjust_graph(**settings) -> dict:
+    graph = tree_graph(**settings_of_tree())
+    inputs = {"quadtree": ["tree", 0], "min_denoise": 0.0, "max_denoise": 1.0, "gamma": 1.0, "invert": False, **settings}
+    graph["adjust"] = {"class_type": "QuadtreeAdjust", "inputs": inputs}
+    graph["mask"]["inputs"]["quadtree"] = ["adjust", 0]
+    return graph
+
+
+def patch_graph(**settings) -> dict:
+    graph = tree_graph(**settings_of_tree())
+    inputs = {**defaults("QuadtreeTiledDiffusion"), "model": ["model", 0], "quadtree": ["tree", 0], **settings}
+    graph["patch"] = {"class_type": "QuadtreeTiledDiffusion", "inputs": inputs}
+    graph["model"] = {"class_type": "UNETLoader", "inputs": {"unet_name": "flux1-dev.safetensors", "weight_dtype": "default"}}
+    graph["end"] = {"class_type": "PreviewAny", "inputs": {"source": ["patch", 0]}}
+    del graph["mask"], graph["show"]  # or the host would run what it can
+    return graph
+
+
+@pytest.fixture
+def model_file(server):
+    write_stand_in(server.base / "models", "diffusion_models/flux1-dev.safetensors")
+
+
+LEAVES, STRENGTHS, WINDOWS = ("min_leaf", "max_leaf"), ("min_denoise", "max_denoise"), ("min_window", "max_window")
+
+
+@pytest.mark.parametrize("build, node, settings, named, problem", [
+    (tree_graph, "tree", {"min_leaf": 64, "max_leaf": 1000}, LEAVES, "max_leaf: expected min_leaf (64) doubled some times, got 1000. The nearest are 512 and 1024."),
+    (tree_graph, "tree", {"min_leaf": 256, "max_leaf": 128}, LEAVES, "min_leaf: expected 1 px or more and at most max_leaf (128), got 256. Make min_leaf smaller or max_leaf larger."),
+    (tree_graph, "tree", {"min_leaf": -8}, LEAVES, "min_leaf: expected 8 to 1024, got -8."),
+    (tree_graph, "tree", {"max_leaf": 1 << 14}, LEAVES, "max_leaf: expected 8 to 8192, got 16384."),
+    (tree_graph, "tree", {"min_denoise": 0.9, "max_denoise": 0.2}, STRENGTHS, "min_denoise: expected at most max_denoise (0.2), got 0.9. To redraw flat parts instead, use Quadtree Adjust with invert."),
+    (tree_graph, "tree", {"max_denoise": 1.5}, STRENGTHS, "max_denoise: expected 0.0 to 1.0, got 1.5."),
+    (tree_graph, "tree", {"min_denoise": float("nan")}, STRENGTHS, "min_denoise: expected 0.0 to 1.0, got nan."),
+    (mask_graph, "tree", {"max_leaf": 192}, LEAVES, "max_leaf: expected min_leaf (64) doubled some times, got 192. The nearest are 128 and 256."),
+    (mask_graph, "tree", {"min_leaf": 4}, LEAVES, "min_leaf: expected 8 to 1024, got 4."),
+    (adjust_graph, "adjust", {"min_denoise": 0.5, "max_denoise": 0.4}, STRENGTHS, "min_denoise: expected at most max_denoise (0.4), got 0.5. To redraw flat parts instead, use Quadtree Adjust with invert."),
+    (adjust_graph, "adjust", {"min_denoise": -0.1}, STRENGTHS, "min_denoise: expected 0.0 to 1.0, got -0.1."),
+    (patch_graph, "patch", {"min_window": 512, "max_window": 256}, WINDOWS, "min_window: expected at least 1 px and at most max_window (256), got 512. Make min_window smaller or max_window larger."),
+    (patch_graph, "patch", {"max_window": 8192}, WINDOWS, "max_window: expected 64 to 4096, got 8192."),
+])
+def test_widgets_that_do_not_fit_are_named_before_anything_runs(server, picture, model_file, build, node, settings, named, problem):
+    given = settings_of_tree(**settings) if build is tree_graph else settings
+    found = refusals(server, build(**given), node)
+    assert {name: found[name] for name in named} == dict.fromkeys(named, problem)
+
+
+def test_ranges_that_the_host_checks_are_still_checked(server, picture):
+    found = refusals(server, tree_graph(**settings_of_tree(detail_budget=1.5)), "tree")
+    assert list(found) == ["detail_budget"]
+    assert "metric" in refusals(server, tree_graph(**settings_of_tree(metric="beauty")), "tree")
+
+
+@pytest.mark.parametrize("value, kind, setting, problem", [
+    (100, "PrimitiveInt", "max_leaf", "max_leaf: expected min_leaf .64. doubled some times, got 100"),
+    (0, "PrimitiveInt", "min_leaf", "min_leaf: expected 1 px or more"),
+    (-0.5, "PrimitiveFloat", "min_denoise", "min_denoise: expected a number from 0 to 1, got -0.5"),
+    ("[1", "PrimitiveString", "edits", "edits: expected nothing, or"),
+])
+def test_a_wired_value_that_does_not_fit_is_named_when_the_node_runs(server, picture, value, kind, setting, problem):
+    graph = tree_graph(**settings_of_tree(**{setting: ["value", 0]}))
+    graph["value"] = {"class_type": kind, "inputs": {"value": value}}
+    with pytest.raises(host_server.HostError, match=f"QuadtreeFromImage .node tree.: .*{problem}"):
+        server.run_graph(graph)
+
+
+def test_wired_edits_change_the_strengths(server, picture):
+    graph = tree_graph(**settings_of_tree(edits=["value", 0]))
+    graph["value"] = {"class_type": "PrimitiveString", "inputs": {"value": json.dumps({"size": [384, 256], "squares": [[0, 0, 128, 1]]})}}
+    assert shown(server, server.run_graph(graph)).getpixel((64, 64)) == 255
 
 
 def test_a_result_from_the_cache_reaches_the_browser_again(server, picture):

@@ -62,7 +62,7 @@ class QuadtreeFromImage(io.ComfyNode):
                 io.Float.Input("max_denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Strength of the smallest leaves. 1 redraws them wholly; it is relative to the steps of the sampler."),
                 io.Combo.Input("metric", options=list(trees.METRICS), default="variance", advanced=True, tooltip="What counts as content: variance sees contrast, gradient sees edges and texture, combined sees both."),
                 # Shown as the picture that is painted on; see js/quadtree.js.
-                io.String.Input("edits", default="", optional=True, extra_dict={"widgetType": "QTD_EDITS"}, tooltip="Squares painted on the picture of this node, as JSON in pixels. They go before everything else; make it empty to be rid of them."),
+                io.String.Input("edits", default="", optional=True, extra_dict={"widgetType": "QTD_EDITS"}, tooltip="What is painted on the picture: click a leaf to keep it, again to redraw it, once more to let it go; drag to paint several. It goes before everything else. By a wire: JSON, with squares in pixels."),
             ],
             outputs=[
                 TREE.Output("quadtree", tooltip="The leaves and their strengths."),

@@ -1,6 +1,8 @@
 """What does the user wire? Six nodes; each is a schema and a call."""
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import ComfyAPI, ComfyExtension, io, ui
 
 import comfy.utils
@@ -16,6 +18,8 @@ TREE = io.Custom("QUADTREE")
 
 # Longer side of the picture that the browser gets.
 PREVIEW_PX = 1024
+
+log = logging.getLogger(__name__)
 
 
 def _min_leaf():
@@ -104,13 +108,14 @@ class QuadtreeFromMask(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="QuadtreeFromMask", display_name="Quadtree from Mask", category=CATEGORY,
-            description="Makes a quadtree whose strengths are a mask's: white is redrawn, black is kept exactly.",
+            description="Makes a quadtree whose strengths are a mask's: white is redrawn, what is black is kept exactly, to the last pixel.",
             inputs=[
-                io.Mask.Input("mask", tooltip="White = strength 1 = redraw, black = 0 = keep, grey in between. Of the aspect of the picture that you encode."),
+                io.Mask.Input("mask", tooltip="White = strength 1 = redraw, black = 0 = keep, grey in between. Of the aspect of the picture that you encode, before or after its crop."),
                 _min_leaf(),
                 _max_leaf(),
+                io.Combo.Input("edges", options=list(trees.MASK_EDGES), default=trees.MASK_EDGES[0], optional=True, tooltip="Of the smallest leaves that hold black and other pixels. keep black: they are kept, so that all that is black is. mean: they get the mean, which also changes the black in them."),
             ],
-            outputs=[TREE.Output("quadtree", tooltip="Leaves as large as the mask is even; on its edges min_leaf large, with the mean.")],
+            outputs=[TREE.Output("quadtree", tooltip="Leaves as large as the mask is even; on its edges min_leaf large.")],
         )
 
     @classmethod
@@ -118,8 +123,16 @@ class QuadtreeFromMask(io.ComfyNode):
         return _first_problem(cls, (trees.check_leaves, {"min_leaf": min_leaf, "max_leaf": max_leaf}))
 
     @classmethod
-    def execute(cls, mask, min_leaf, max_leaf) -> io.NodeOutput:
-        return io.NodeOutput(trees.quadtree_from_mask(mask, min_leaf=min_leaf, max_leaf=max_leaf))
+    def execute(cls, mask, min_leaf, max_leaf, edges=trees.MASK_EDGES[0]) -> io.NodeOutput:
+        tree = trees.quadtree_from_mask(mask, min_leaf=min_leaf, max_leaf=max_leaf, edges=edges)
+        painted = float((mask.amax(0) if mask.ndim == 3 else mask).float().clamp(0, 1).mean())
+        if painted == 0:
+            log.warning("mask: it is black, so the whole picture is kept. Load Image gives such a mask until something is painted in its mask editor.")
+        elif tree.mean_strength < painted / 2:
+            log.warning(
+                "mask: %.0f %% of what is to be redrawn shares leaves of %d px with black and is kept. Lower min_leaf, or set edges to mean.",
+                100 * (1 - tree.mean_strength / painted), min_leaf)
+        return io.NodeOutput(tree)
 
 
 class QuadtreeAdjust(io.ComfyNode):
@@ -134,7 +147,7 @@ class QuadtreeAdjust(io.ComfyNode):
                 io.Float.Input("max_denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="What a strength of 1 becomes."),
                 io.Float.Input("gamma", default=1.0, min=0.1, max=10.0, step=0.05, tooltip="Strength to this power, before the range: 2 spares middle strengths, 0.5 favours them, 1 changes nothing."),
                 io.Boolean.Input("invert", default=False, tooltip="Redraw what was kept and keep what was redrawn, before gamma and range."),
-                io.Mask.Input("protect", optional=True, tooltip="White parts are kept exactly, whatever their strength. Leaves on its edge are split down to the tree's smallest."),
+                io.Mask.Input("protect", optional=True, tooltip="White parts are kept exactly, whatever their strength. Leaves on its edge are split down to the tree's smallest. A mask in which nothing is painted changes nothing."),
             ],
             outputs=[TREE.Output("quadtree", tooltip="The tree with its new strengths.")],
         )
@@ -156,15 +169,15 @@ class QuadtreeToMask(io.ComfyNode):
             description="The strengths of a quadtree as a mask, for previews and for other nodes.",
             inputs=[
                 TREE.Input("quadtree", tooltip="The tree to draw."),
-                io.Int.Input("width", default=0, min=0, max=16384, step=8, tooltip="Width of the mask in pixels; 0 takes the tree's own."),
-                io.Int.Input("height", default=0, min=0, max=16384, step=8, tooltip="Height of the mask in pixels; 0 takes the tree's own."),
+                io.Int.Input("width", default=0, min=0, max=16384, tooltip="Width of the mask in pixels; 0 follows from the height, and takes the tree's own if that is 0, too."),
+                io.Int.Input("height", default=0, min=0, max=16384, tooltip="Height of the mask in pixels; 0 follows from the width, and takes the tree's own if that is 0, too."),
             ],
             outputs=[io.Mask.Output("mask", tooltip="White = strength 1, black = 0.")],
         )
 
     @classmethod
     def execute(cls, quadtree, width, height) -> io.NodeOutput:
-        return io.NodeOutput(trees.strength_raster(quadtree, height or quadtree.height, width or quadtree.width)[None])
+        return io.NodeOutput(trees.strength_raster(quadtree, *trees.sides_in_proportion(quadtree, height, width))[None])
 
 
 class QuadtreeTiledDiffusion(io.ComfyNode):
@@ -210,12 +223,13 @@ class QuadtreeComposite(io.ComfyNode):
             node_id="QuadtreeComposite", display_name="Quadtree Composite", category=CATEGORY,
             description="Puts the original's pixels back where the strength is 0, bit for bit. A VAE changes every pixel on its way, so this is what makes kept parts exact.",
             inputs=[
-                io.Image.Input("original", tooltip="The picture before encoding, scaled to the size of image."),
+                # First, since a bypassed node passes on its first input of the output's type.
                 io.Image.Input("image", tooltip="The decoded result."),
+                io.Image.Input("original", tooltip="The picture that was encoded: of the size of image, or a little larger where the VAE has cropped it. The result has its size."),
                 TREE.Input("quadtree", tooltip="The tree that was sampled with."),
                 io.Int.Input("feather", default=32, min=0, max=512, step=2, tooltip="Width in pixels of the passage between the two. It lies inside the leaves that changed, so that kept pixels stay exact."),
             ],
-            outputs=[io.Image.Output("image", tooltip="The result, with strength-0 leaves exactly as in the original.")],
+            outputs=[io.Image.Output("image", tooltip="The result in the original's size, with strength-0 leaves exactly as in the original.")],
         )
 
     @classmethod

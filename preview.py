@@ -155,7 +155,7 @@ def said(problem: ValueError) -> dict:
 def estimated_cost(tree: Quadtree) -> float:
     """The model's work with the patch's defaults, as a share of sampling everything."""
     height, width = max(tree.height // CELL_PX, 1), max(tree.width // CELL_PX, 1)
-    strengths = strengths_in_cells(tree, height, width)
+    strengths = strengths_in_cells(tree, height, width, cell_px=CELL_PX)
     sides = (side // CELL_PX for side in (TiledDiffusion.min_window, TiledDiffusion.max_window, TiledDiffusion.tile_overlap))
     sizes, cost = window_sizes(*sides, PATCH_CELLS), WindowCost(PATCH_CELLS)
     levels, costs, total = strengths.unique(), {}, 0.0

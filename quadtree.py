@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,18 @@ METRICS = ("variance", "gradient", "combined")
 
 # Pixels that are summed at once: few enough for a processor's cache, enough to keep its threads busy.
 BAND_PIXELS = 1 << 20
+
+# Sides of the cells, in px, to which the host's VAEs crop a picture, centred, before they encode it.
+CELL_SIDES = (2, 4, 8, 16, 32)
+
+# What becomes of a leaf of the smallest size that holds black and other pixels of a mask.
+MASK_EDGES = ("keep black", "mean")
+
+# Of a mask: below half a level of 8 bits.
+BLACK = 0.5 / 255
+
+# The side of the mask that the host's Load Image gives where nothing was painted.
+UNPAINTED_PX = 64
 
 # One level of an 8-bit picture: a smaller deviation is rounding, not detail.
 VISIBLE = 1.0
@@ -97,6 +110,20 @@ class Quadtree:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """How one picture lies along another, in one direction: px of the other = (px + shift) / scale."""
+
+    scale: float
+    shift: float
+
+    def px(self, positions):
+        return (positions + self.shift) / self.scale
+
+    def px_back(self, positions):
+        return positions * self.scale - self.shift
+
+
+@dataclass(frozen=True, slots=True)
 class Edit:
     """A square of a picture that was painted. strength None takes back what was painted there before."""
 
@@ -137,8 +164,7 @@ def measure_cells(image: torch.Tensor, cell_px: int, *, with_gradients: bool = T
     image: (B, H, W, C) in 0..1; channels after the third (alpha) are left out.
     Raises ValueError for an empty picture and for one with NaN or infinite pixels.
     """
-    if image.ndim != 4 or 0 in image.shape:
-        raise ValueError(f"image: expected a picture of shape (batch, height, width, channels), got {tuple(image.shape)}. Connect an IMAGE that is not empty.")
+    _check_picture(image, "image")
     sums, squares, gradients = [], [], []
     height = max(BAND_PIXELS // image.shape[2] // cell_px, 1) * cell_px
     for top in range(0, image.shape[1], height):
@@ -204,25 +230,31 @@ def grow_quadtree(
     return _collect_leaves(cells.height, cells.width, cells.cell_px, max_leaf, level, _at_level(contents, level), strength)
 
 
-def quadtree_from_mask(mask: torch.Tensor, *, min_leaf: int = 64, max_leaf: int = 1024) -> Quadtree:
+def quadtree_from_mask(mask: torch.Tensor, *, min_leaf: int = 64, max_leaf: int = 1024, edges: str = "keep black") -> Quadtree:
     """Build a tree whose strengths are a mask's: leaves are as large as the mask is even.
 
     mask: (B, H, W) or (H, W) in 0..1, white = 1 = redraw; of several the maximum counts.
-    A leaf on an edge of the mask, min_leaf large, gets the mean, to 1/255.
+    A leaf on an edge of the mask, min_leaf large, gets the mean, to 1/255; with edges "keep black" one that holds any black
+    gets 0, so that all that is black is kept.
     """
     check_leaves(min_leaf, max_leaf)
+    if edges not in MASK_EDGES:
+        raise ValueError(f"edges: expected one of {', '.join(MASK_EDGES)}, got {edges!r}.")
     mask = _flat_mask(mask, "mask")
     levels = _levels_between(min_leaf, max_leaf)
     area = _pool(torch.ones_like(mask), min_leaf, torch.sum)
     mean, low, high = (_pool(mask, min_leaf, how) for how in (torch.sum, torch.amin, torch.amax))
-    means, uneven = [mean / area], [high - low > 1 / 255]
+    means, lows, uneven = [mean / area], [low], [high - low > 1 / 255]
     for _ in range(levels):
         area, mean = (_pool(values, 2, torch.sum) for values in (area, mean))
         low, high = _pool(low, 2, torch.amin), _pool(high, 2, torch.amax)
         means.append(mean / area)
+        lows.append(low)
         uneven.append(high - low > 1 / 255)
     level = _leaf_level(uneven)
     strength = (_at_level(means, level).double() * 255).round() / 255
+    if edges == "keep black":
+        strength[_at_level(lows, level) < BLACK] = 0
     return _collect_leaves(*mask.shape, min_leaf, max_leaf, level, strength * 255, strength)
 
 
@@ -232,8 +264,8 @@ def adjust_quadtree(
 ) -> Quadtree:
     """Remap every strength s to min + (max - min) * s ** gamma, and keep what a mask protects.
 
-    invert: takes 1 - s first. protect: (B, H, W) or (H, W) of the tree's aspect, white = keep exactly;
-    leaves on its edge are split down to min_leaf.
+    invert: takes 1 - s first. protect: (B, H, W) or (H, W) of the tree's picture in any size, or before or after the host's
+    crop; white = keep exactly, leaves on its edge are split down to min_leaf. A mask of one value may have any aspect.
     """
     check_strengths(min_denoise, max_denoise)
     if gamma <= 0:
@@ -273,19 +305,21 @@ def parse_edits(text: str) -> Edits | None:
 def painted_cells(tree: Quadtree, edits: Edits | None) -> torch.Tensor:
     """The painted strength of each smallest cell, (rows, cols); NaN where nothing is painted.
 
-    Edits of a picture of another size are scaled to the tree's. Raises Refusal if that is of another aspect.
+    Edits of a picture of another size are scaled to the tree's, and laid where the host's crop has left them. Raises
+    Refusal if that is of another aspect.
     """
     painted = torch.full((math.ceil(tree.height / tree.min_leaf), math.ceil(tree.width / tree.min_leaf)), math.nan, dtype=torch.float64)
     if edits is None:
         return painted
-    if not _same_aspect(tree, edits.height, edits.width):
+    spans = find_placement((tree.height, tree.width), (edits.height, edits.width))
+    if spans is None:
         raise Refusal(
             "edits_aspect", "edits: painted on a picture of {painted}, but this one is {here}, which is another aspect. "
             "Make `edits` empty (Clear, below the picture on the node), or connect the picture that they were painted on.",
             painted=f"{edits.width} x {edits.height}", here=f"{tree.width} x {tree.height}")
     for square in edits.squares:
-        rows = _cells_under(square.top, square.side, tree.height / edits.height / tree.min_leaf)
-        cols = _cells_under(square.left, square.side, tree.width / edits.width / tree.min_leaf)
+        rows, cols = (
+            _cells_under(span.px(start) / tree.min_leaf, span.px(start + square.side) / tree.min_leaf) for span, start in zip(spans, (square.top, square.left)))
         painted[rows, cols] = math.nan if square.strength is None else square.strength
     return painted
 
@@ -300,28 +334,57 @@ def edit_quadtree(tree: Quadtree, edits: Edits | None) -> Quadtree:
     return _collect_leaves(tree.height, tree.width, tree.min_leaf, tree.max_leaf, level, detail, torch.where(painted.isnan(), strength, painted))
 
 
-def strength_raster(tree: Quadtree, height: int, width: int) -> torch.Tensor:
+def find_placement(size: tuple[int, int], part: tuple[int, int], cell_px: int = 1) -> tuple[Span, Span] | None:
+    """How a picture of the size `part` lies over one of `size`, both (height, width) in px: along rows and columns.
+
+    Any scale may lie between them, and one may be what the host's crop to whole cells has left of the other.
+    cell_px: px per cell, where `part` is what a latent covers. None: no scale and crop leads from one to the other.
+    """
+    for scale in _simple_scales(size, part):
+        shift = _crop_shift(size, part, scale, [cell for cell in CELL_SIDES if cell % cell_px == 0] or [cell_px])
+        if shift is not None:
+            return tuple(Span(float(scale), float(amount)) for amount in shift)
+    stretched = tuple(Span(px / side, 0.0) for side, px in zip(size, part))
+    if _scale_between(size, part, -1, 1) is not None:
+        return stretched
+    # In px the cell is not known: it divides what the crop has left, and is small beside it.
+    cell = cell_px if cell_px > 1 else max((cell for cell in CELL_SIDES if part[0] % cell == part[1] % cell == 0 and cell * 32 <= min(part)), default=1)
+    spans = _crop_at_any_scale(size, part, cell) or _crop_of_a_crop(size, part, cell)
+    if spans is None and _scale_between(size, part, -cell_px, cell_px) is not None:
+        return stretched
+    return spans
+
+
+def strength_raster(tree: Quadtree, height: int, width: int, cell_px: int = 1) -> torch.Tensor:
     """Scale the tree to a raster: each cell has the strength of the leaf over its centre.
 
-    Returns (height, width) float32. A quadtree is resolution-free: the raster may be the picture's, its
-    latent's or its upscale's. Raises ValueError for another aspect.
+    Returns (height, width) float32. A quadtree is resolution-free: the raster may be the picture's, its upscale's or, with
+    cell_px pixels per cell, that of a latent, which covers the picture but for what the host's centred crop takes off.
+    Raises ValueError for another aspect, unless the tree keeps everything.
     """
-    check_aspect(tree, height, width, "the latent or picture")
-    _, _, strength = _grids(tree)
-    rows = ((torch.arange(height) + 0.5) * (tree.height / height / tree.min_leaf)).long().clamp_(max=strength.shape[0] - 1)
-    cols = ((torch.arange(width) + 0.5) * (tree.width / width / tree.min_leaf)).long().clamp_(max=strength.shape[1] - 1)
-    return strength.float()[rows][:, cols]
+    spans = _placement_of(tree, height * cell_px, width * cell_px, cell_px)
+    if spans is None:
+        what = f"the latent is that of one of {width * cell_px} x {height * cell_px} px ({width} x {height} cells)" if cell_px > 1 else f"the latent or picture is {width} x {height}"
+        raise ValueError(f"quadtree: made for a picture of {tree.width} x {tree.height}, but {what}, which is another aspect. {_way_to_the_tree(tree)}")
+    return _raster(tree, *(span.px((torch.arange(cells, dtype=torch.float64) + 0.5) * cell_px) for span, cells in zip(spans, (height, width))))
 
 
-def check_aspect(tree: Quadtree, height: int, width: int, what: str) -> None:
-    """Raise ValueError unless some whole scale turns the tree's size into height x width, to within a cell.
+def sides_in_proportion(tree: Quadtree, height: int, width: int) -> tuple[int, int]:
+    """A mask's sides: 0 follows from the other by the tree's aspect, two are the tree's own.
 
-    A host that crops pictures to whole cells shifts both sides by less than one.
+    Raises ValueError for two that are of another aspect.
     """
-    if not _same_aspect(tree, height, width):
+    if not height and not width:
+        return tree.height, tree.width
+    if not height:
+        return max(round(tree.height * width / tree.width), 1), width
+    if not width:
+        return height, max(round(tree.width * height / tree.height), 1)
+    if _placement_of(tree, height, width) is None:
         raise ValueError(
-            f"quadtree: made for a picture of {tree.width} x {tree.height}, but {what} is {width} x {height}, which is another aspect. "
-            "Build the quadtree from the picture that you encode, after any crop.")
+            f"width and height: expected the aspect of the quadtree's picture, {tree.width} x {tree.height} px, got {width} x {height}. "
+            "Set one of them to 0, which takes it in proportion.")
+    return height, width
 
 
 def draw_quadtree(image: torch.Tensor, tree: Quadtree, *, opacity: float = 0.45) -> torch.Tensor:
@@ -329,7 +392,8 @@ def draw_quadtree(image: torch.Tensor, tree: Quadtree, *, opacity: float = 0.45)
 
     image: (B, H, W, C). Returns (B, H, W, 3) in 0..1.
     """
-    check_aspect(tree, image.shape[1], image.shape[2], "the picture")
+    if image.shape[1:3] != (tree.height, tree.width):
+        raise ValueError(f"image: expected the picture that the quadtree was made from, {tree.width} x {tree.height} px, got {image.shape[2]} x {image.shape[1]}.")
     leaf_ids, strength = _leaf_ids(tree), _grids(tree)[2]
     tint = (strength_colour(strength).to(image.device) * opacity).repeat_interleave(tree.min_leaf, 1)[:, :tree.width]  # (rows, width, 3)
     out = torch.empty(*image.shape[:3], 3, device=image.device)
@@ -353,20 +417,24 @@ def strength_colour(strength: torch.Tensor) -> torch.Tensor:
 def composite(original: torch.Tensor, image: torch.Tensor, tree: Quadtree, *, feather: int = 32) -> torch.Tensor:
     """Put the original's pixels back where the strength is 0, bit for bit.
 
-    original, image: (B, H, W, C) of one size. feather: width in px of the ramp between the two; it lies inside
-    the leaves that changed, and is narrowed to half the smallest of them.
+    original, image: (B, H, W, C). image may be what the host's crop to whole cells has left: it is laid where it was taken
+    from, and what was cropped off stays the original's. Returns a picture of the original's size for each image; originals
+    are repeated or cut to their number. Of two numbers of channels the greater counts; alpha that only one has is taken as
+    it is. feather: width in px of the ramp between the two; it lies inside what changed, and is narrowed to half the
+    smallest leaf. Raises ValueError for sizes and trees that do not belong together.
     """
-    if original.shape[1:] != image.shape[1:]:
-        raise ValueError(
-            f"original: expected the size of image, {image.shape[2]} x {image.shape[1]} with {image.shape[3]} channels, got "
-            f"{original.shape[2]} x {original.shape[1]} with {original.shape[3]}. Scale the original first, for instance with Upscale Image.")
-    height, width = image.shape[1:3]
-    changed = (strength_raster(tree, height, width) > 0).float()
-    smallest = min(tree.min_leaf * height / tree.height, tree.min_leaf * width / tree.width)
-    radius = min(feather // 2, int(smallest) // 4)
-    alpha = _inner_ramp(changed, radius).to(image.device)[None, :, :, None]
-    original = original.to(device=image.device, dtype=image.dtype)
-    return torch.where(alpha == 0, original, torch.lerp(original, image, alpha.to(image.dtype)))
+    for name, picture in (("original", original), ("image", image)):
+        _check_picture(picture, name)
+    shift = _shift_of_result(original, image)
+    original, laid = _laid_over(original, image, shift)
+    spans = _placement_of_pictures(tree, original, image, shift)
+    strength = _raster(tree, *(span.px(torch.arange(side, dtype=torch.float64) + 0.5) for span, side in zip(spans, original.shape[1:3])))
+    changed = torch.zeros_like(strength)
+    inside, _ = _common_parts(original, image, shift)
+    changed[inside] = (strength[inside] > 0).float()
+    radius = min(feather // 2, int(tree.min_leaf * min(span.scale for span in spans)) // 4)
+    alpha = _inner_ramp(changed, radius).to(laid.device)[None, :, :, None]
+    return torch.where(alpha == 0, original, torch.lerp(original, laid, alpha.to(laid.dtype)))
 
 
 def check_leaves(min_leaf: int, max_leaf: int) -> None:
@@ -393,15 +461,144 @@ def check_strengths(min_denoise: float, max_denoise: float) -> None:
             min_denoise=min_denoise, max_denoise=max_denoise)
 
 
-def _same_aspect(tree: Quadtree, height: int, width: int) -> bool:
-    """Whether some whole scale turns the tree's size into height x width, to within a cell."""
-    scales = [(side_px / (side + 1), side_px / max(side - 1, 1e-9)) for side_px, side in ((tree.height, height), (tree.width, width))]
-    return max(low for low, _ in scales) < min(high for _, high in scales)
+def _placement_of(tree: Quadtree, height: int, width: int, cell_px: int = 1) -> tuple[Span, Span] | None:
+    """How a picture lies over the tree's. A tree that keeps everything fits every picture: an empty mask knows no size."""
+    placed = find_placement((tree.height, tree.width), (height, width), cell_px)
+    if placed is None and not any(leaf.strength for leaf in tree.leaves):
+        return Span(height / tree.height, 0.0), Span(width / tree.width, 0.0)
+    return placed
 
 
-def _cells_under(start: float, side: float, cells_per_px: float) -> slice:
-    """The cells whose centres lie under a stretch of pixels; a stretch shorter than a cell takes the cell it lies in."""
-    first, last = start * cells_per_px, (start + side) * cells_per_px
+def _way_to_the_tree(tree: Quadtree) -> str:
+    """What to do about a tree of another picture."""
+    if (tree.height, tree.width) == (UNPAINTED_PX, UNPAINTED_PX):
+        return f"{UNPAINTED_PX} x {UNPAINTED_PX} is the mask that Load Image gives where nothing was painted: paint in its mask editor, or make the quadtree from the picture."
+    return "Build the quadtree from the picture that you encode, after any crop."
+
+
+def _simple_scales(size: tuple[int, int], part: tuple[int, int]) -> list[Fraction]:
+    """The simplest fractions near the scale from a size to another, whole ones first."""
+    about = math.sqrt(part[0] * part[1] / (size[0] * size[1]))
+    found = [Fraction(max(about, 1 / about)).limit_denominator(most) for most in (1, 2, 3, 4)]
+    return list(dict.fromkeys(scale if about >= 1 else 1 / scale for scale in found))
+
+
+def _crop_shift(size, part, scale, cells) -> list | None:
+    """The shift in px of `part` if at this scale one picture is the host's crop of the other, made before or after scaling."""
+    scaled, shrunk = [round(side * scale) for side in size], [round(side / scale) for side in part]
+    for inner, outer, factor in ((part, scaled, 1), (shrunk, size, scale), (size, shrunk, -scale), (scaled, part, -1)):
+        if any(all(whole - whole % cell == side for side, whole in zip(inner, outer)) for cell in cells):
+            return [(whole - side) // 2 * factor for side, whole in zip(inner, outer)]
+    return None
+
+
+def _scale_between(size, part, least: float, most: float) -> float | None:
+    """A scale that makes both sides of `size` longer than those of `part` by more than `least` and less than `most` px."""
+    low = max((px + least) / side for side, px in zip(size, part))
+    high = min((px + most) / side for side, px in zip(size, part))
+    return (low + high) / 2 if low < high else None
+
+
+def _crop_at_any_scale(size, part, cell: int) -> tuple[Span, Span] | None:
+    """How `part` lies over `size` if some scale makes it the host's crop to cells of so many px."""
+    scale = _scale_between(size, part, -0.5, cell - 0.5)
+    return None if scale is None else tuple(Span(scale, (scale * side - px) / 2) for side, px in zip(size, part))
+
+
+def _crop_of_a_crop(size, part, cell: int) -> tuple[Span, Span] | None:
+    """The same where `size` was cropped before it was scaled, too: a second pass over an enlarged latent."""
+    inner = [side - side % cell for side in size]
+    spans = _crop_at_any_scale(inner, part, cell) if min(inner) else None
+    return spans and tuple(Span(span.scale, span.shift + span.scale * ((side - inside) // 2)) for span, side, inside in zip(spans, size, inner))
+
+
+def _raster(tree: Quadtree, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+    """The strengths at points in px of the tree; beyond its border those at the border."""
+    strength = _grids(tree)[2].float()
+    rows, cols = ((px / tree.min_leaf).floor().long().clamp_(0, cells - 1) for px, cells in zip((rows, cols), strength.shape))
+    return strength[rows][:, cols]
+
+
+def _shift_of_result(original: torch.Tensor, image: torch.Tensor) -> list[int]:
+    """Where in the original the result begins, in px. Raises ValueError unless one is the other or its centred crop."""
+    size, part = tuple(original.shape[1:3]), tuple(image.shape[1:3])
+    shift = [0, 0] if size == part else _crop_shift(size, part, 1, CELL_SIDES)
+    if shift is None:
+        scale = next(iter(_simple_scales(size, part)))
+        times = f"{scale.numerator} times as large" if scale > 1 else f"{scale.denominator} times smaller" if scale < 1 else "of another scale"
+        why = (
+            f"is another aspect. Connect the picture that went into VAE Encode, after any crop" if find_placement(size, part) is None else
+            f"the result is {times}. Connect the picture that went into VAE Encode, after all scaling: only pixels of that scale can be kept exactly")
+        raise ValueError(
+            f"original: expected the size of image, {part[1]} x {part[0]} px, or that before the VAE's crop, less than a cell larger, got {size[1]} x {size[0]} px, which {why}.")
+    return shift
+
+
+def _common_parts(original: torch.Tensor, image: torch.Tensor, shift) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """What the two pictures share: in the original and in the image."""
+    spans = [(max(start, 0), min(start + part, side), start) for start, part, side in zip(shift, image.shape[1:3], original.shape[1:3])]
+    return tuple(slice(first, last) for first, last, _ in spans), tuple(slice(first - start, last - start) for first, last, start in spans)
+
+
+def _laid_over(original: torch.Tensor, image: torch.Tensor, shift) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both with one number, size, kind and device: the originals, and the originals with the images laid on them."""
+    dtype = torch.promote_types(original.dtype, image.dtype)
+    original, image = original.to(image.device, dtype), image.to(dtype)
+    if len(original) != len(image):
+        original = original[torch.arange(len(image), device=image.device) % len(original)]
+    only = _only_alpha(original, image)
+    original, image = _equal_channels(original, image)
+    laid = image
+    if original.shape != image.shape:
+        there, here = _common_parts(original, image, shift)
+        laid = original.clone()
+        laid[:, there[0], there[1]] = image[:, here[0], here[1]]
+    if only == "original":
+        laid[..., -1] = original[..., -1]
+    elif only == "image":
+        original[..., -1] = laid[..., -1]
+    return original, laid
+
+
+def _only_alpha(original: torch.Tensor, image: torch.Tensor) -> str | None:
+    """Which of two pictures alone has an alpha channel."""
+    has = {name: picture.shape[-1] in (2, 4) for name, picture in (("original", original), ("image", image))}
+    return None if has["original"] == has["image"] else "original" if has["original"] else "image"
+
+
+def _equal_channels(original: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both with as many channels: grey becomes colour, and who has no alpha becomes opaque."""
+    counts = [picture.shape[-1] for picture in (original, image)]
+    if counts[0] == counts[1]:
+        return original, image
+    if max(counts) > 4:
+        raise ValueError(f"original: expected the channels of image, {counts[1]}, or 1 to 4 in both, got {counts[0]}. Connect pictures in grey or colours.")
+    colours = max(count - (count + 1) % 2 for count in counts)
+    equal = []
+    for picture, count in zip((original, image), counts):
+        parts = [picture[..., :count - (count + 1) % 2].expand(*picture.shape[:-1], colours)]
+        if any(other in (2, 4) for other in counts):
+            parts.append(picture[..., -1:] if count in (2, 4) else torch.ones_like(picture[..., :1]))
+        equal.append(torch.cat(parts, -1))
+    return equal[0], equal[1]
+
+
+def _placement_of_pictures(tree: Quadtree, original: torch.Tensor, image: torch.Tensor, shift) -> tuple[Span, Span]:
+    """How the original lies over the tree, which may have been made from it or from what the crop has left of it."""
+    sizes = [tuple(picture.shape[1:3]) for picture in (original, image)]
+    spans = find_placement((tree.height, tree.width), sizes[0])
+    if spans is None:
+        spans = _placement_of(tree, *sizes[1])
+        spans = spans and tuple(Span(span.scale, span.shift - start) for span, start in zip(spans, shift))
+    if spans is None:
+        raise ValueError(
+            f"quadtree: made for a picture of {tree.width} x {tree.height} px, but image is {sizes[1][1]} x {sizes[1][0]} and original {sizes[0][1]} x {sizes[0][0]}, "
+            f"which is another aspect. Connect the quadtree that was sampled with. {_way_to_the_tree(tree)}")
+    return spans
+
+
+def _cells_under(first: float, last: float) -> slice:
+    """The cells whose centres lie under a stretch, in cells; one shorter than a cell takes the cell it lies in."""
     if last - first < 1:
         first = math.floor((first + last) / 2)
         return slice(max(first, 0), max(first + 1, 0))
@@ -415,6 +612,11 @@ def _levels_between(min_leaf: int, max_leaf: int) -> int:
 def _check_share(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise Refusal("share", "{name}: expected a number from 0 to 1, got {got}.", name=name, got=value)
+
+
+def _check_picture(image: torch.Tensor, name: str) -> None:
+    if image.ndim != 4 or 0 in image.shape:
+        raise ValueError(f"{name}: expected a picture of shape (batch, height, width, channels), got {tuple(image.shape)}. Connect an IMAGE that is not empty.")
 
 
 def _flat_mask(mask: torch.Tensor, name: str) -> torch.Tensor:
@@ -554,11 +756,28 @@ def _grids(tree: Quadtree) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def _protected(tree: Quadtree, level: torch.Tensor, strength: torch.Tensor, protect: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Split leaves where the protection is uneven, and weaken each by the most that it is protected."""
-    check_aspect(tree, *protect.shape, "the protect mask")
-    if tuple(protect.shape) != (tree.height, tree.width):
-        protect = F.interpolate(protect[None, None], (tree.height, tree.width), mode="nearest-exact")[0, 0]
-    protected = _pool(protect.cpu(), tree.min_leaf, torch.amax)
+    if bool((protect == protect[0, 0]).all()):
+        # As good at any size; Load Image gives a small black mask where nothing was painted.
+        return level, strength * (1 - protect[0, 0].item())
+    spans = find_placement((tree.height, tree.width), tuple(protect.shape))
+    if spans is None:
+        raise ValueError(
+            f"protect: expected a mask of the quadtree's picture, {tree.width} x {tree.height} px or of that aspect, got {protect.shape[1]} x {protect.shape[0]}. "
+            "Crop and scale the mask together with the picture, or take it from the picture that the quadtree was made from.")
+    protected = protect.cpu()
+    for dim, (span, side) in enumerate(zip(spans, (tree.height, tree.width))):
+        protected = _most_under(protected, span, side, tree.min_leaf, dim)
     return _split_uneven(tree, level, protected, 1 / 255), strength * (1 - protected)
+
+
+def _most_under(mask: torch.Tensor, span: Span, side: int, cell_px: int, dim: int) -> torch.Tensor:
+    """The greatest value of a mask under each of the cells that cover a side of the tree's picture."""
+    borders = torch.arange(0, side + cell_px, cell_px, dtype=torch.float64).clamp_(max=side)
+    positions = span.px_back(borders)
+    # What arithmetic leaves of a whole number is no pixel more.
+    first = (positions[:-1] + 1e-6).floor().long().clamp_(0, mask.shape[dim] - 1).tolist()
+    last = (positions[1:] - 1e-6).ceil().long().clamp_(1, mask.shape[dim]).tolist()
+    return torch.stack([mask.narrow(dim, start, max(end - start, 1)).amax(dim) for start, end in zip(first, last)], dim)
 
 
 def _split_uneven(tree: Quadtree, level: torch.Tensor, values: torch.Tensor, tolerance: float) -> torch.Tensor:

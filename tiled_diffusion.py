@@ -157,7 +157,7 @@ class Run:
         """Learn what this run is about: the original, the strengths, the schedule and the windows' sizes."""
         self.began = time.monotonic()  # the model is loaded
         settings = self.settings
-        self.leaf_strengths = strengths_in_cells(settings.tree, *latent.shape[-2:], settings.skip_diffusion_below)
+        self.leaf_strengths = strengths_in_cells(settings.tree, *latent.shape[-2:], settings.skip_diffusion_below, cell_px=model.latent_format.spacial_downscale_ratio)
         self.original = self._find_original(model, noise, latent)
         # At most half the smallest leaf, so that every leaf reaches its strength.
         ease = min(EASE_CELLS, settings.tree.min_leaf * latent.shape[-1] // settings.tree.width // 2)
@@ -433,9 +433,9 @@ def _tokens_beside(model_conds, shape, patch: int) -> tuple[int, int]:
     return cut, whole
 
 
-def strengths_in_cells(tree: Quadtree, height: int, width: int, skip_below: float = 0.0) -> torch.Tensor:
-    """The strengths of the leaves over a latent of height x width; windows are planned for these."""
-    strengths = strength_raster(tree, height, width)
+def strengths_in_cells(tree: Quadtree, height: int, width: int, skip_below: float = 0.0, cell_px: int = 1) -> torch.Tensor:
+    """The strengths of the leaves over a latent of height x width cells; windows are planned for these."""
+    strengths = strength_raster(tree, height, width, cell_px)
     strengths[strengths < skip_below] = 0
     return strengths
 

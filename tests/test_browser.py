@@ -312,3 +312,74 @@ def build_sampling(frontend) -> str:
     ):
         frontend.link(ids[source], output, ids[target], name)
     return ids["QuadtreeTiledDiffusion"]
+
+
+BYPASSED = 4
+
+
+def build_composite(frontend) -> tuple[dict, dict]:
+    """A graph with all six nodes, whose result is a negative; the ids of its nodes, and the workflow as first versions saved it."""
+    ids = {name: frontend.add(name, place) for name, place in {
+        "LoadImage": (0, 0), "ImageInvert": (0, 400), "QuadtreeFromImage": (350, 0), "QuadtreeAdjust": (800, 0), "QuadtreeToMask": (800, 300),
+        "MaskPreview": (1150, 300), "QuadtreeComposite": (800, 500), "PreviewImage": (1150, 600), "UNETLoader": (0, 600), "QuadtreeTiledDiffusion": (350, 600),
+        "ModelSamplingFlux": (800, 700)}.items()}
+    frontend.set_value(ids["LoadImage"], "image", PICTURE)
+    for source, output, target, name in (
+        ("LoadImage", 0, "ImageInvert", "image"), ("LoadImage", 0, "QuadtreeFromImage", "image"), ("QuadtreeFromImage", 0, "QuadtreeAdjust", "quadtree"),
+        ("QuadtreeAdjust", 0, "QuadtreeToMask", "quadtree"), ("QuadtreeToMask", 0, "MaskPreview", "mask"), ("LoadImage", 0, "QuadtreeComposite", "original"),
+        ("ImageInvert", 0, "QuadtreeComposite", "image"), ("QuadtreeAdjust", 0, "QuadtreeComposite", "quadtree"),
+        ("QuadtreeComposite", 0, "PreviewImage", "images"), ("UNETLoader", 0, "QuadtreeTiledDiffusion", "model"),
+        ("QuadtreeAdjust", 0, "QuadtreeTiledDiffusion", "quadtree"), ("QuadtreeTiledDiffusion", 0, "ModelSamplingFlux", "model"),
+    ):
+        frontend.link(ids[source], output, ids[target], name)
+    old = frontend.workflow()
+    node = next(node for node in old["nodes"] if node["type"] == "QuadtreeComposite")
+    node["inputs"].sort(key=lambda entry: ["original", "image", "quadtree", "feather"].index(entry["name"]))
+    slots = {entry["link"]: index for index, entry in enumerate(node["inputs"])}
+    for link in old["links"]:
+        if str(link[3]) == str(node["id"]):
+            link[4] = slots[link[0]]
+    return ids, old
+
+
+def bypass(frontend, node: str) -> None:
+    frontend.page.evaluate("([id, mode]) => { app.graph.getNodeById(id).mode = mode }", [node, BYPASSED])
+
+
+@pytest.mark.parametrize("saved_by", ["this version", "first versions", "first versions, bypassed"])
+def test_a_bypassed_composite_passes_on_the_result(frontend, saved_by):
+    ids, old = build_composite(frontend)
+    if saved_by != "this version":
+        if saved_by.endswith("bypassed"):
+            next(node for node in old["nodes"] if node["type"] == "QuadtreeComposite")["mode"] = BYPASSED
+        frontend.load(old)
+    composite = ids["QuadtreeComposite"]
+    if not saved_by.endswith("bypassed"):
+        inputs = frontend.prompt()[composite]["inputs"]
+        assert inputs == {"original": [ids["LoadImage"], 0], "image": [ids["ImageInvert"], 0], "quadtree": [ids["QuadtreeAdjust"], 0], "feather": 32}
+        bypass(frontend, composite)
+    for _ in range(2):
+        told = frontend.prompt()
+        assert composite not in told
+        assert told[ids["PreviewImage"]]["inputs"]["images"] == [ids["ImageInvert"], 0]
+        frontend.load(frontend.workflow())
+
+
+@SOME
+@pytest.mark.parametrize("node, reader, name, source", [
+    ("QuadtreeAdjust", "QuadtreeComposite", "quadtree", ["QuadtreeFromImage", 0]), ("QuadtreeTiledDiffusion", "ModelSamplingFlux", "model", ["UNETLoader", 0])])
+def test_a_bypassed_node_passes_on_what_it_changes(frontend, node, reader, name, source):
+    ids, _ = build_composite(frontend)
+    bypass(frontend, ids[node])
+    assert frontend.page.evaluate(
+        "async ([reader, name]) => (await app.graphToPrompt()).output[reader]?.inputs[name]", [ids[reader], name]) == [ids[source[0]], source[1]]
+
+
+@SOME
+def test_a_bypassed_tree_passes_on_the_picture_and_no_tree(frontend):
+    ids, _ = build_composite(frontend)
+    frontend.link(ids["QuadtreeFromImage"], 1, ids["PreviewImage"], "images")
+    bypass(frontend, ids["QuadtreeFromImage"])
+    told = frontend.prompt()
+    assert told[ids["PreviewImage"]]["inputs"]["images"] == [ids["LoadImage"], 0]
+    assert "quadtree" not in told[ids["QuadtreeAdjust"]]["inputs"]

@@ -23,13 +23,13 @@ EVER = {
     "QuadtreeFromImage": (
         ["image", "detail_budget", "content_threshold", "min_leaf", "max_leaf", "min_denoise", "max_denoise", "metric", "edits"],
         ["QUADTREE", "IMAGE"]),
-    "QuadtreeFromMask": (["mask", "min_leaf", "max_leaf"], ["QUADTREE"]),
+    "QuadtreeFromMask": (["mask", "min_leaf", "max_leaf", "edges"], ["QUADTREE"]),
     "QuadtreeAdjust": (["quadtree", "min_denoise", "max_denoise", "gamma", "invert", "protect"], ["QUADTREE"]),
     "QuadtreeToMask": (["quadtree", "width", "height"], ["MASK"]),
     "QuadtreeTiledDiffusion": (
         ["model", "quadtree", "method", "schedule", "tile_overlap", "tile_batch_size", "skip_diffusion_below", "min_window", "max_window",
          "shift_method", "seed", "original", "sigmas"], ["MODEL"]),
-    "QuadtreeComposite": (["original", "image", "quadtree", "feather"], ["IMAGE"]),
+    "QuadtreeComposite": (["image", "original", "quadtree", "feather"], ["IMAGE"]),
 }
 NODES = asyncio.run(nodes.QuadtreeExtension().get_node_list())
 SCHEMAS = {node.define_schema().node_id: node.define_schema() for node in NODES}
@@ -203,3 +203,51 @@ def test_a_graph_without_a_server_needs_none(picture, monkeypatch):
     monkeypatch.setattr(preview, "running_server", lambda: None)
     assert nodes.QuadtreeFromImage.execute(picture, **settings_of_tree()).ui is None
     assert preview.teller("1") is None
+
+
+def fields(*wanted):
+    """The nodes of those names, by name."""
+    return [next(node for node in NODES if node.define_schema().node_id == name) for name in wanted]
+
+
+@pytest.mark.parametrize("name, needed", [("QuadtreeFromMask", {"mask", "min_leaf", "max_leaf"}), ("QuadtreeComposite", {"image", "original", "quadtree", "feather"})])
+def test_a_graph_saved_before_an_input_was_added_still_runs(name, needed, server):
+    info = server.get("/object_info")[name]["input"]
+    assert set(info["required"]) == needed
+
+
+@pytest.mark.parametrize("mask, edges, said", [
+    (torch.zeros(1, 64, 64), "keep black", "mask: it is black, so the whole picture is kept"),
+    (torch.eye(64)[None], "keep black", "mask: 100 % of what is to be redrawn shares leaves of 64 px with black and is kept. Lower min_leaf, or set edges to mean"),
+    (torch.eye(64)[None], "mean", ""),
+    (torch.ones(1, 64, 64), "keep black", ""),
+])
+def test_a_mask_that_redraws_nothing_or_little_is_said_in_the_log(mask, edges, said, caplog):
+    (from_mask,) = fields("QuadtreeFromMask")
+    with caplog.at_level("WARNING"):
+        from_mask.execute(mask, 64, 1024, edges)
+    assert said in caplog.text if said else caplog.text == ""
+
+
+def test_one_side_of_a_mask_follows_from_the_other():
+    from_image, to_mask = fields("QuadtreeFromImage", "QuadtreeToMask")
+    tree = from_image.execute(torch.rand(1, 383, 501, 3), **settings_of_tree()).result[0]
+    for given, shape in (((1002, 0), (1, 766, 1002)), ((0, 766), (1, 766, 1002)), ((0, 0), (1, 383, 501)), ((496, 376), (1, 376, 496))):
+        assert to_mask.execute(tree, *given).result[0].shape == shape
+
+
+@pytest.mark.parametrize("width, height", [(501, 383), (1000, 750), (135, 97)])
+def test_what_the_hosts_vae_crops_comes_back_at_its_place(width, height, tmp_path):
+    import comfy.sd
+    import comfy.utils
+    from stand_ins import write_stand_in
+
+    write_stand_in(tmp_path, "vae/ae.safetensors")
+    vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(tmp_path / "vae/ae.safetensors")))
+    from_image, composite = fields("QuadtreeFromImage", "QuadtreeComposite")
+    photo = torch.rand(1, height, width, 3)
+    tree = from_image.execute(photo, **settings_of_tree()).result[0]
+    seen = vae.vae_encode_crop_pixels(photo)
+    assert seen.shape[1:3] == (height // 8 * 8, width // 8 * 8)
+    # The picture that the VAE saw, laid back, is the photo again, whatever is redrawn.
+    assert torch.equal(composite.execute(original=photo, image=seen, quadtree=tree, feather=0).result[0], photo)

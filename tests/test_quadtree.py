@@ -2,14 +2,15 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import skimage.data
 import torch
 
 from qtd_pack.quadtree import (
-    Leaf, Quadtree, Rect, adjust_quadtree, build_quadtree, composite, draw_quadtree, edit_quadtree, measure_cells, parse_edits,
-    quadtree_from_mask, strength_colour, strength_raster)
+    Leaf, Quadtree, Rect, adjust_quadtree, build_quadtree, composite, draw_quadtree, edit_quadtree, find_placement, measure_cells, parse_edits,
+    quadtree_from_mask, sides_in_proportion, strength_colour, strength_raster)
 
 
 def flat(height, width, value=0.3):
@@ -25,6 +26,11 @@ def busy_corner(height, width, side):
 
 def photo():
     return torch.from_numpy(skimage.data.astronaut()).float()[None] / 255
+
+
+def built():
+    """A tree of one leaf, of a picture of 776 x 1000 px."""
+    return Quadtree(1000, 776, 1024, 1024, (Leaf(Rect(0, 0, 1000, 776), 1024, 0.0, 0.5),))
 
 
 def layout(tree):
@@ -126,15 +132,13 @@ def test_a_cell_has_the_strength_of_the_leaf_over_its_centre(scale):
 
 @pytest.mark.parametrize("height, width", [(125, 97), (62, 48), (250, 194), (124, 96)])
 def test_a_host_that_crops_to_whole_cells_is_no_error(height, width):
-    tree = Quadtree(1000, 776, 1024, 1024, (Leaf(Rect(0, 0, 1000, 776), 1024, 0.0, 0.5),))
-    assert strength_raster(tree, height, width).shape == (height, width)
+    assert strength_raster(built(), height, width).shape == (height, width)
 
 
 @pytest.mark.parametrize("height, width", [(97, 125), (128, 96), (125, 100), (1, 97)])
 def test_another_aspect_is_an_error(height, width):
-    tree = Quadtree(1000, 776, 1024, 1024, (Leaf(Rect(0, 0, 1000, 776), 1024, 0.0, 0.5),))
     with pytest.raises(ValueError, match=f"quadtree: made for a picture of 776 x 1000, but the latent or picture is {width} x {height}"):
-        strength_raster(tree, height, width)
+        strength_raster(built(), height, width)
 
 
 def test_a_mask_becomes_leaves_as_large_as_it_is_even():
@@ -144,7 +148,7 @@ def test_a_mask_becomes_leaves_as_large_as_it_is_even():
     tree = quadtree_from_mask(mask, min_leaf=64, max_leaf=256)
     assert layout(tree) == [
         (0, 0, 128, 128, 1.0), (0, 128, 128, 256, 0.0), (128, 0, 256, 128, 0.0),
-        (128, 128, 192, 192, 64 / 255), (128, 192, 192, 256, 0.0), (192, 128, 256, 192, 0.0), (192, 192, 256, 256, 0.0)]
+        (128, 128, 192, 192, 0.0), (128, 192, 192, 256, 0.0), (192, 128, 256, 192, 0.0), (192, 192, 256, 256, 0.0)]
 
 
 @pytest.mark.parametrize("height, width", [(1000, 776), (40, 512)])
@@ -216,8 +220,20 @@ def test_a_16384_px_picture_is_cut_too():
     (lambda: quadtree_from_mask(torch.zeros(1, 64, 0)), "mask: expected a MASK of shape"),
     (lambda: quadtree_from_mask(torch.full((1, 64, 64), torch.inf)), "mask: expected values between 0 and 1, got NaN or infinite ones"),
     (lambda: adjust_quadtree(build_quadtree(flat(64, 64)), gamma=0), "gamma: expected a number above 0, got 0"),
-    (lambda: adjust_quadtree(build_quadtree(flat(64, 64)), protect=torch.zeros(1, 64, 128)), "quadtree: made for a picture of 64 x 64, but the protect mask is 128 x 64"),
-    (lambda: composite(flat(64, 64), flat(64, 32), build_quadtree(flat(64, 64))), "original: expected the size of image, 32 x 64 with 3 channels, got 64 x 64 with 3"),
+    (lambda: quadtree_from_mask(torch.zeros(1, 64, 64), edges="soft"), "edges: expected one of keep black, mean, got 'soft'"),
+    (lambda: adjust_quadtree(build_quadtree(flat(64, 64)), protect=torch.eye(64).repeat(1, 2)),
+     "protect: expected a mask of the quadtree's picture, 64 x 64 px or of that aspect, got 128 x 64. Crop and scale the mask together with the picture"),
+    (lambda: draw_quadtree(flat(64, 32), build_quadtree(flat(64, 64))), "image: expected the picture that the quadtree was made from, 64 x 64 px, got 32 x 64"),
+    (lambda: sides_in_proportion(built(), 64, 64), "width and height: expected the aspect of the quadtree's picture, 776 x 1000 px, got 64 x 64. Set one of them to 0"),
+    (lambda: strength_raster(built(), 64, 64, 8), "quadtree: made for a picture of 776 x 1000, but the latent is that of one of 512 x 512 px .64 x 64 cells.*Build the quadtree from the picture that you encode"),
+    (lambda: strength_raster(adjust_quadtree(quadtree_from_mask(torch.zeros(1, 64, 64)), invert=True), 64, 96, 8), "64 x 64 is the mask that Load Image gives where nothing was painted"),
+    (lambda: composite(flat(64, 64), flat(64, 32), build_quadtree(flat(64, 64))), "original: expected the size of image, 32 x 64 px.*got 64 x 64 px, which is another aspect. Connect the picture that went into VAE Encode, after any crop"),
+    (lambda: composite(flat(383, 501), flat(760, 1000), built()), "original: expected the size of image, 1000 x 760 px.*got 501 x 383 px, which the result is 2 times as large"),
+    (lambda: composite(flat(766, 1002), flat(376, 496), built()), "original: .*got 1002 x 766 px, which the result is 2 times smaller. Connect the picture that went into VAE Encode, after all scaling"),
+    (lambda: composite(flat(64, 96), flat(64, 96), built()), "quadtree: made for a picture of 776 x 1000 px, but image is 96 x 64 and original 96 x 64, which is another aspect. Connect the quadtree that was sampled with"),
+    (lambda: composite(flat(64, 64), torch.zeros(1, 64, 64, 5), build_quadtree(flat(64, 64))), "original: expected the channels of image, 5, or 1 to 4 in both, got 3"),
+    (lambda: composite(flat(64, 64)[0], flat(64, 64), build_quadtree(flat(64, 64))), "original: expected a picture of shape"),
+    (lambda: composite(flat(64, 64), flat(64, 64)[:0], build_quadtree(flat(64, 64))), "image: expected a picture of shape"),
 ])
 def test_bad_input_says_what_was_expected_what_came_and_what_to_do(make, message):
     with pytest.raises(ValueError, match=message):
@@ -298,3 +314,261 @@ def test_blank_edits_are_none(text):
 def test_edits_that_are_not_edits_are_refused_with_the_way_out(text):
     with pytest.raises(ValueError, match="edits: expected nothing, or .* Make `edits` empty"):
         parse_edits(text)
+
+
+# Width, height and px per cell; what the host's VAEs leave of each is cropped_to and begins at crop_start.
+CROPPED_SIZES = [
+    (501, 383, 8), (1000, 750, 8), (1080, 1350, 8), (1920, 1080, 16), (131, 97, 8), (250, 187, 16), (331, 260, 32), (333, 250, 4)]
+SIZES = pytest.mark.parametrize("width, height, cell_px", CROPPED_SIZES)
+
+
+def cropped_to(side, cell_px):
+    return side // cell_px * cell_px
+
+
+def crop_start(side, cell_px):
+    return side % cell_px // 2
+
+
+def cropped(picture, cell_px):
+    """What a VAE of the host sees of a picture, (B, H, W, C) or (B, H, W)."""
+    height, width = picture.shape[1:3]
+    top, left = crop_start(height, cell_px), crop_start(width, cell_px)
+    return picture[:, top:top + cropped_to(height, cell_px), left:left + cropped_to(width, cell_px)]
+
+
+def scattered(height, width):
+    """A tree with strengths of 0, 0.25, ... 1 in no order."""
+    min_leaf = 8 * math.ceil(max(height, width) / 512)
+    strengths = torch.randint(0, 5, (-(-height // min_leaf), -(-width // min_leaf))) / 4
+    mask = strengths.repeat_interleave(min_leaf, 0).repeat_interleave(min_leaf, 1)[:height, :width]
+    return quadtree_from_mask(mask, min_leaf=min_leaf, max_leaf=min_leaf * 4)
+
+
+def strengths_of_pixels(tree):
+    """The strength over each pixel of the tree's picture, from its leaves alone."""
+    found = torch.full((tree.height, tree.width), torch.nan)
+    for leaf in tree.leaves:
+        found[leaf.rect.top:leaf.rect.bottom, leaf.rect.left:leaf.rect.right] = leaf.strength
+    return found
+
+
+def at(values, rows, cols):
+    """The values under points; beyond the border those at the border."""
+    rows, cols = (points.floor().long().clamp(0, length - 1) for points, length in zip((rows, cols), values.shape))
+    return values[rows][:, cols]
+
+
+@SIZES
+@pytest.mark.parametrize("scale", [1, 2, 3])
+def test_each_cell_of_a_cropped_picture_takes_the_leaf_over_its_true_centre(width, height, cell_px, scale):
+    tree = scattered(height, width)
+    rows, cols = (
+        (crop_start(side * scale, cell_px) + (torch.arange(side * scale // cell_px) + 0.5) * cell_px) / scale for side in (height, width))
+    raster = strength_raster(tree, len(rows), len(cols), cell_px)
+    assert torch.equal(raster, at(strengths_of_pixels(tree), rows, cols))
+
+
+@SIZES
+def test_a_tree_of_the_cropped_picture_has_its_cells_where_they_are(width, height, cell_px):
+    tree = scattered(cropped_to(height, cell_px), cropped_to(width, cell_px))
+    rows, cols = ((torch.arange(side // cell_px) + 0.5) * cell_px for side in (height, width))
+    assert torch.equal(strength_raster(tree, len(rows), len(cols), cell_px), at(strengths_of_pixels(tree), rows, cols))
+
+
+@SIZES
+@pytest.mark.parametrize("factor", [0.6, 1.024, 1.5, 2.3648, 3.7])
+@pytest.mark.parametrize("cropped_first", [False, True])
+def test_at_any_scale_a_cell_is_less_than_one_off(width, height, cell_px, factor, cropped_first):
+    size = (height, width)
+    enlarged = [round((cropped_to(side, cell_px) if cropped_first else side) * factor) for side in size]
+    spans = find_placement(size, tuple(cropped_to(side, cell_px) for side in enlarged), cell_px)
+    for span, side, large in zip(spans, size, enlarged):
+        centres = (torch.arange(large // cell_px) + 0.5) * cell_px
+        true = (crop_start(side, cell_px) if cropped_first else 0) + (centres + crop_start(large, cell_px)) / factor
+        assert float((span.px(centres) - true).abs().max()) < cell_px / factor + 1
+
+
+@SIZES
+@pytest.mark.parametrize("made_from", ["uncropped", "cropped", "half", "double"])
+@pytest.mark.parametrize("original_is", ["uncropped", "cropped", "enlarged"])
+def test_a_result_of_a_cropped_picture_is_laid_where_it_was_taken_from(width, height, cell_px, made_from, original_is):
+    scale = 2 if original_is == "enlarged" else 1
+    photo = torch.rand(1, height * scale, width * scale, 1)
+    result = torch.rand_like(cropped(photo, cell_px))
+    sides = {
+        "uncropped": (height, width), "cropped": (cropped_to(height, cell_px), cropped_to(width, cell_px)),
+        "half": (round(height / 2), round(width / 2)), "double": (height * 2, width * 2)}[made_from]
+    tree = scattered(*sides)
+    original = cropped(photo, cell_px) if original_is == "cropped" else photo
+    out = composite(original, result, tree, feather=0)
+    assert out.shape == original.shape
+    # Where a pixel of the whole photo lies in what the tree was made from.
+    rows, cols = ((torch.arange(side * scale) + 0.5) / scale for side in (height, width))
+    if made_from == "cropped":
+        rows, cols = (points - crop_start(side, cell_px) for points, side in zip((rows, cols), (height, width)))
+    else:
+        rows, cols = (points * made / side for points, made, side in zip((rows, cols), sides, (height, width)))
+    changed = (at(strengths_of_pixels(tree), rows, cols) > 0).float()[None]
+    laid = photo.clone()
+    cropped(laid, cell_px)[:] = result
+    expected = torch.where(changed[..., None] > 0, laid, photo)
+    # Half an odd number of pixels is rounded: the leaves' borders are, too.
+    blur = 2 if made_from == "half" and (height % 2 or width % 2) else 0
+    sure = torch.nn.functional.max_pool2d(changed, 2 * blur + 1, 1, blur) == -torch.nn.functional.max_pool2d(-changed, 2 * blur + 1, 1, blur)
+    if original_is == "cropped":
+        laid, expected, sure = (cropped(picture, cell_px) for picture in (laid, expected, sure))
+    assert float(sure.float().mean()) > 0.5
+    assert torch.equal(out[sure], expected[sure])
+    assert bool(((out == original) | (out == laid)).all())
+
+
+def test_the_passage_also_leads_to_what_was_cropped_off():
+    original, result = flat(383, 501, 0.0), flat(376, 496, 1.0)
+    tree = Quadtree(383, 501, 512, 512, (Leaf(Rect(0, 0, 383, 501), 512, 0.0, 1.0),))
+    out = composite(original, result, tree, feather=32)[0, :, :, 0]
+    assert float(out[:3].max()) == float(out[379:].max()) == float(out[:, :2].max()) == float(out[:, 498:].max()) == 0
+    # Where a step were 1. At the picture's border there are fewer pixels to average.
+    assert float(out.diff(dim=0).abs().max()) < 0.06 and float(out.diff(dim=1).abs().max()) < 0.06
+    assert float(out[40:-40, 40:-40].min()) == 1
+
+
+@pytest.mark.parametrize("originals, results, taken", [(2, 4, [0, 1, 0, 1]), (18, 17, list(range(17))), (1, 3, [0, 0, 0]), (3, 1, [0]), (3, 7, [0, 1, 2, 0, 1, 2, 0])])
+def test_originals_are_repeated_or_cut_to_the_number_of_results(originals, results, taken):
+    original, image = torch.rand(originals, 32, 48, 3), torch.rand(results, 32, 48, 3)
+    tree = quadtree_from_mask(torch.arange(48).div(24, rounding_mode="floor").float().expand(32, 48), min_leaf=8, max_leaf=8)
+    out = composite(original, image, tree, feather=0)
+    assert torch.equal(out[:, :, :24], original[taken][:, :, :24])
+    assert torch.equal(out[:, :, 24:], image[:, :, 24:])
+
+
+@pytest.mark.parametrize("height, width", [(32, 48), (37, 51)])
+@pytest.mark.parametrize("original_channels, image_channels, colours, alpha", [
+    (4, 3, 3, "original"), (3, 4, 3, "image"), (4, 4, 3, "own"), (1, 3, 3, None), (3, 1, 3, None), (1, 1, 1, None), (1, 4, 3, "image"), (2, 3, 3, "original")])
+def test_colours_come_first_and_alpha_is_kept(height, width, original_channels, image_channels, colours, alpha):
+    original, image = torch.rand(2, height, width, original_channels), cropped(torch.rand(2, height, width, image_channels), 8)
+    tree = quadtree_from_mask(torch.arange(width).div(24, rounding_mode="floor").clamp(max=1).float().expand(height, width), min_leaf=8, max_leaf=8)
+    out = composite(original, image, tree, feather=0)
+    assert out.shape == (2, height, width, colours + bool(alpha))
+    kept, changed = slice(0, 24), slice(24, None)
+    colour_of = lambda picture: picture[..., :3 if picture.shape[-1] > 2 else 1].expand(*picture.shape[:-1], colours)
+    assert torch.equal(out[:, :, kept, :colours], colour_of(original)[:, :, kept])
+    assert torch.equal(cropped(out, 8)[:, :, changed, :colours], colour_of(image)[:, :, changed])
+    if alpha == "original":
+        assert torch.equal(out[..., -1], original[..., -1])
+    if alpha == "image":
+        assert torch.equal(cropped(out, 8)[..., -1], image[..., -1])
+    if alpha == "own":
+        assert torch.equal(out[:, :, kept, -1], original[:, :, kept, -1])
+
+
+def test_kept_pixels_are_exact_beside_a_result_in_half_precision():
+    original, tree = torch.rand(1, 64, 64, 3), quadtree_from_mask(torch.zeros(64, 64), min_leaf=64, max_leaf=64)
+    out = composite(original, torch.full((1, 64, 64, 3), torch.nan, dtype=torch.float16), tree)
+    assert torch.equal(out, original)
+
+
+@pytest.mark.parametrize("tree_size, size", [((501, 383), (496, 352)), ((512, 512), (512, 480)), ((640, 427), (512, 512)), ((1000, 750), (750, 1000)), ((1920, 1080), (1920, 1200))])
+def test_pictures_of_another_aspect_stay_refused(tree_size, size):
+    tree = scattered(*tree_size[::-1])
+    with pytest.raises(ValueError, match="quadtree: made for a picture of"):
+        composite(flat(*size[::-1]), flat(*size[::-1]), tree)
+    with pytest.raises(ValueError, match="quadtree: made for a picture of"):
+        strength_raster(tree, size[1] // 8, size[0] // 8, 8)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("height, width", [(64, 64), (7, 300)])
+def test_a_mask_of_one_value_protects_as_much_whatever_its_size(value, height, width):
+    tree = scattered(383, 501)
+    adjusted = adjust_quadtree(tree, protect=torch.full((1, height, width), value))
+    assert torch.allclose(strengths_of_pixels(adjusted), (1 - value) * strengths_of_pixels(tree))
+
+
+def test_an_empty_mask_makes_a_tree_that_keeps_any_picture():
+    tree = quadtree_from_mask(torch.zeros(1, 64, 64))
+    assert torch.equal(strength_raster(tree, 47, 62, 8), torch.zeros(47, 62))
+    original = torch.rand(1, 383, 501, 3)
+    assert torch.equal(composite(original, torch.rand(1, 376, 496, 3), tree), original)
+
+
+@pytest.mark.parametrize("width, height, cell_px", [CROPPED_SIZES[0], *CROPPED_SIZES[4:]])
+def test_a_mask_protects_before_and_after_the_crop(width, height, cell_px):
+    whole = (torch.rand(height, width) > 0.997).float()
+    part = cropped(whole[None], cell_px)[0]
+    top, left = crop_start(height, cell_px), crop_start(width, cell_px)
+    for tree_of, mask, shift in ((part, whole, (0, 0)), (whole, part, (top, left)), (whole, whole, (0, 0)), (part, part, (0, 0))):
+        tree = Quadtree(*tree_of.shape, 8, 8, tuple(
+            Leaf(Rect(row, col, min(row + 8, tree_of.shape[0]), min(col + 8, tree_of.shape[1])), 8, 0.0, 1.0)
+            for row in range(0, tree_of.shape[0], 8) for col in range(0, tree_of.shape[1], 8)))
+        strength = strengths_of_pixels(adjust_quadtree(tree, protect=mask))
+        inside = torch.zeros_like(tree_of)
+        inside[shift[0]:shift[0] + part.shape[0], shift[1]:shift[1] + part.shape[1]] = part if tree_of is whole else tree_of
+        covered = whole if mask is whole and tree_of is whole else inside
+        assert float(strength[covered == 1].max()) == 0
+        assert float((strength == 0).float().mean()) < 64 * float(covered.mean()) + 0.01
+
+
+def test_a_thin_line_in_a_larger_mask_protects():
+    tree = Quadtree(64, 64, 8, 8, tuple(Leaf(Rect(row, col, row + 8, col + 8), 8, 0.0, 1.0) for row in range(0, 64, 8) for col in range(0, 64, 8)))
+    protect = torch.zeros(256, 256)
+    protect[101, :] = 1
+    strength = strengths_of_pixels(adjust_quadtree(tree, protect=protect))
+    assert [float(strength[row].max()) for row in (23, 24, 31, 32)] == [1, 0, 0, 1]
+
+
+def disc(height, width, radius):
+    rows, cols = torch.arange(height)[:, None] - height / 2, torch.arange(width) - width / 2
+    return (rows.square() + cols.square() < radius ** 2).float()
+
+
+def stroke(height, width):
+    """Black, 16 px wide, from corner to corner on white."""
+    rows, cols = torch.arange(height)[:, None] / height, torch.arange(width) / width
+    return ((rows - cols).abs() * min(height, width) > 8 * 2 ** 0.5).float()
+
+
+@pytest.mark.parametrize("mask", [disc(192, 256, 60), stroke(192, 256), stroke(383, 501), torch.rand(1, 100, 150).round()[0]], ids=["disc", "stroke", "odd", "noise"])
+@pytest.mark.parametrize("min_leaf", [8, 16, 64])
+def test_all_that_is_black_is_kept(mask, min_leaf):
+    strength = strengths_of_pixels(quadtree_from_mask(mask, min_leaf=min_leaf, max_leaf=min_leaf * 4))
+    assert float(strength[mask == 0].max()) == 0
+    # And nothing but what shares a smallest leaf with black.
+    near = torch.nn.functional.max_pool2d(1 - mask[None, None], 2 * min_leaf - 1, 1, min_leaf - 1)[0, 0]
+    assert bool((strength[near == 0] == 1).all())
+
+
+def test_of_a_soft_mask_only_black_is_kept_and_the_rest_gets_the_mean():
+    mask = (torch.arange(256) / 255).clamp(min=0.25).expand(64, 256).clone()
+    mask[:, :3] = 0.4 / 255
+    tree = quadtree_from_mask(mask, min_leaf=32, max_leaf=32)
+    strength = strengths_of_pixels(tree)[0]
+    assert float(strength[0]) == 0
+    for left in range(32, 256, 32):
+        assert float(strength[left]) == pytest.approx(float(mask[0, left:left + 32].mean()), abs=1 / 255)
+    assert strengths_of_pixels(quadtree_from_mask(torch.full((64, 64), 1 / 255), min_leaf=32, max_leaf=64)).min() > 0
+
+
+def test_the_mean_on_a_masks_edges_is_a_choice():
+    mask = torch.zeros(64, 128)
+    mask[:, 16:] = 1
+    keeping, mean = (quadtree_from_mask(mask, min_leaf=64, max_leaf=64, edges=edges) for edges in ("keep black", "mean"))
+    assert [leaf.strength for leaf in keeping.leaves] == [0, 1]
+    assert [leaf.strength for leaf in mean.leaves] == [pytest.approx(0.75, abs=1 / 255), 1]
+
+
+@pytest.mark.parametrize("width, height, expected", [(0, 0, (383, 501)), (1002, 0, (766, 1002)), (0, 766, (766, 1002)), (100, 0, (76, 100)), (1, 0, (1, 1)), (496, 376, (376, 496))])
+def test_a_side_of_0_is_in_proportion(width, height, expected):
+    assert sides_in_proportion(scattered(383, 501), height, width) == expected
+
+
+@pytest.mark.parametrize("width, height, cell_px", CROPPED_SIZES[:4])
+def test_edits_of_the_uncropped_picture_lie_where_they_were_painted(width, height, cell_px):
+    tall, wide = cropped_to(height, cell_px), cropped_to(width, cell_px)
+    tree = Quadtree(tall, wide, 1, 2048, (Leaf(Rect(0, 0, tall, wide), 2048, 0.0, 0.5),))
+    left, top = 100, 60
+    strength = strengths_of_pixels(edited(tree, [[left, top, 64, 0]], size=(width, height)))
+    expected = torch.full_like(strength, 0.5)
+    top, left = top - crop_start(height, cell_px), left - crop_start(width, cell_px)
+    expected[top:top + 64, left:left + 64] = 0
+    assert torch.equal(strength, expected)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -343,7 +342,7 @@ def find_placement(size: tuple[int, int], part: tuple[int, int], cell_px: int = 
     for scale in _simple_scales(size, part):
         shift = _crop_shift(size, part, scale, [cell for cell in CELL_SIDES if cell % cell_px == 0] or [cell_px])
         if shift is not None:
-            return tuple(Span(float(scale), float(amount)) for amount in shift)
+            return tuple(Span(scale, amount) for amount in shift)
     stretched = tuple(Span(px / side, 0.0) for side, px in zip(size, part))
     if _scale_between(size, part, -1, 1) is not None:
         return stretched
@@ -476,10 +475,10 @@ def _way_to_the_tree(tree: Quadtree) -> str:
     return "Build the quadtree from the picture that you encode, after any crop."
 
 
-def _simple_scales(size: tuple[int, int], part: tuple[int, int]) -> list[Fraction]:
+def _simple_scales(size: tuple[int, int], part: tuple[int, int]) -> list[float]:
     """The simplest fractions near the scale from a size to another, whole ones first."""
     about = math.sqrt(part[0] * part[1] / (size[0] * size[1]))
-    found = [Fraction(max(about, 1 / about)).limit_denominator(most) for most in (1, 2, 3, 4)]
+    found = [round(max(about, 1 / about) * divisor) / divisor for divisor in (1, 2, 3, 4)]
     return list(dict.fromkeys(scale if about >= 1 else 1 / scale for scale in found))
 
 
@@ -524,14 +523,19 @@ def _shift_of_result(original: torch.Tensor, image: torch.Tensor) -> list[int]:
     size, part = tuple(original.shape[1:3]), tuple(image.shape[1:3])
     shift = [0, 0] if size == part else _crop_shift(size, part, 1, CELL_SIDES)
     if shift is None:
-        scale = next(iter(_simple_scales(size, part)))
-        times = f"{scale.numerator} times as large" if scale > 1 else f"{scale.denominator} times smaller" if scale < 1 else "of another scale"
-        why = (
-            f"is another aspect. Connect the picture that went into VAE Encode, after any crop" if find_placement(size, part) is None else
-            f"the result is {times}. Connect the picture that went into VAE Encode, after all scaling: only pixels of that scale can be kept exactly")
         raise ValueError(
-            f"original: expected the size of image, {part[1]} x {part[0]} px, or that before the VAE's crop, less than a cell larger, got {size[1]} x {size[0]} px, which {why}.")
+            f"original: expected the size of image, {part[1]} x {part[0]} px, or that before the VAE's crop, less than a cell larger, got {size[1]} x {size[0]} px. "
+            + _way_to_the_original(size, part))
     return shift
+
+
+def _way_to_the_original(size: tuple[int, int], part: tuple[int, int]) -> str:
+    """What to do about an original of another size than the result's, `part`."""
+    if find_placement(size, part) is None:
+        return "That is another aspect: connect the picture that went into VAE Encode, after any crop."
+    scale = _simple_scales(size, part)[0]
+    what = f"{scale:g} times as large" if scale > 1 else f"{1 / scale:g} times smaller" if scale < 1 else "of another scale"
+    return f"The result is {what}: connect the picture that went into VAE Encode, after all scaling. Only pixels of its scale can be kept exactly."
 
 
 def _common_parts(original: torch.Tensor, image: torch.Tensor, shift) -> tuple[tuple[slice, slice], tuple[slice, slice]]:

@@ -7,11 +7,18 @@ import urllib.parse
 from pathlib import Path
 
 import av
+import comfy.sd
+import comfy.utils
+import comfy_extras.nodes_compositing
+import comfy_extras.nodes_post_processing
+import nodes as host_nodes
 import numpy
 import pytest
 import skimage.data
+import torch
 from comfy_cli.workflow_to_api import convert_ui_to_api
 from PIL import Image
+from qtd_pack import nodes as pack_nodes
 from stand_ins import STAND_INS, write_stand_in
 
 FOLDER = Path(__file__).resolve().parent.parent / "workflows"
@@ -27,6 +34,12 @@ SMALL = {
     "megapixels": 0.02, "length": 5, "min_leaf": 16, "max_leaf": 64, "min_window": 64, "max_window": 64,
     "tile_overlap": 16, "steps": 3, "feather": 8, "text": "",
 }
+
+# Common sizes of photos. Only the first two have sides that the VAE need not crop, in some of the workflows.
+PHOTOS = [(640, 427), (800, 533), (1280, 853), (750, 1000), (1023, 767), (500, 375), (1080, 1350), (1365, 1024)]
+# As far beyond a multiple of 16 px as those, and small enough to be sampled.
+SMALL_PHOTOS = [(96, 75), (80, 69), (78, 104), (111, 79), (100, 71), (72, 102), (101, 64)]
+ENLARGING = ["flux-2x-upscale", "sdxl-2x-upscale-tile-controlnet"]
 
 
 def workflow(name: str) -> dict:
@@ -107,19 +120,103 @@ def broken_nodes(frontend) -> list[str]:
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_a_workflow_runs_with_small_models_and_keeps_what_its_leaves_keep(name, server, object_info):
+    give_pictures(server.base / "input")
+    run_small(server, api_graph(name, object_info))
+
+
+@pytest.mark.parametrize("name, size", [*((name, size) for name in ENLARGING for size in SMALL_PHOTOS), *((name, (111, 79)) for name in WORKFLOWS if name not in ENLARGING)])
+def test_a_workflow_runs_on_photos_of_any_size_and_saves_them_whole(name, size, server, object_info):
     graph = api_graph(name, object_info)
+    give_pictures(server.base / "input")
+    for node in graph.values():
+        if node["class_type"] == "LoadImage":
+            node["inputs"]["image"] = "odd-{}x{}.png".format(*size)
+            painted_photo(*size).save(server.base / "input" / node["inputs"]["image"])
+    result = run_small(server, graph)
+    if name in ENLARGING:
+        assert result.shape[1:3] == (2 * size[1], 2 * size[0])
+
+
+def run_small(server, graph: dict) -> numpy.ndarray:
+    """Run a workflow with small models to its end, and look at what it saves; the pictures of its composite."""
     make_small(graph)
     probes = add_probes(graph)
     give_models(graph, server.base / "models")
-    give_pictures(server.base / "input")
     outputs = server.run_graph(graph)
     original, result, strength = (frames(server, outputs[probe]) for probe in probes)
     kept = (strength[0, :, :, 0] == 0) & numpy.ones(original.shape[:3], bool)
     assert 0 < kept.mean() < 1
     assert (result[kept] == original[kept]).all()
     assert (result[~kept] != original[~kept]).mean() > 0.5
-    saved = [node_id for node_id, node in graph.items() if node["class_type"] in ("SaveImage", "SaveVideo")]
-    assert [len(outputs[node_id]["images"]) for node_id in saved] == [1]
+    (saved,) = (node_id for node_id, node in graph.items() if node["class_type"] in ("SaveImage", "SaveVideo"))
+    assert len(outputs[saved]["images"]) == 1
+    if graph[saved]["class_type"] == "SaveImage":
+        assert (frames(server, outputs[saved]) == result).all()
+    return result
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """The host's object around a small VAE, for what it does to pictures before it encodes them."""
+    models = tmp_path_factory.mktemp("models")
+    write_stand_in(models, "vae/ae.safetensors")
+    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(models / "vae/ae.safetensors")))
+
+
+@pytest.mark.parametrize("width, height", PHOTOS)
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_the_pictures_of_a_workflow_fit_together_at_the_sizes_that_photos_have(name, width, height, object_info, vae):
+    graph = api_graph(name, object_info)
+    if any("megapixels" in node["inputs"] for node in graph.values()):
+        # Whole multiples of a cell whatever it is, so that small ones tell as much.
+        for node in graph.values():
+            node["inputs"] |= {name: value for name, value in (("megapixels", 0.1), ("min_leaf", 16), ("max_leaf", 128)) if name in node["inputs"]}
+    photo = torch.from_numpy(numpy.array(painted_photo(width, height))).float()[None] / 255
+    follow = PictureSide(graph, photo, vae)
+    (composite,) = (node_id for node_id, node in graph.items() if node["class_type"] == "QuadtreeComposite")
+    (out,), original, tree = follow.outputs(composite), follow.value(composite, "original"), follow.value(composite, "quadtree")
+    assert out.shape == original.shape
+    assert pack_nodes.trees.strength_raster(tree, original.shape[1] // 8, original.shape[2] // 8, 8).unique().numel() > 1
+    kept = pack_nodes.trees.strength_raster(tree, *original.shape[1:3]) == 0
+    assert 0 < float(kept.float().mean()) < 1
+    assert torch.equal(out[:, kept], original[:, kept])
+    assert float((out[:, ~kept] != original[:, ~kept]).float().mean()) > 0.5
+
+
+class PictureSide:
+    """What a graph does to a photo, by the host's nodes and the pack's, but for models: what a VAE decodes is a negative of what it saw."""
+
+    def __init__(self, graph: dict, photo: torch.Tensor, vae):
+        self.graph, self.photo, self.vae, self.known = graph, photo, vae, {}
+
+    def value(self, node_id: str, name: str):
+        given = self.graph[node_id]["inputs"][name]
+        return self.outputs(given[0])[given[1]] if isinstance(given, list) else given
+
+    def outputs(self, node_id: str) -> tuple:
+        if node_id not in self.known:
+            self.known[node_id] = self.made(node_id)
+        return self.known[node_id]
+
+    def made(self, node_id: str) -> tuple:
+        kind, inputs = self.graph[node_id]["class_type"], self.graph[node_id]["inputs"]
+        if kind in ("LoadImage", "GetVideoComponents"):
+            return self.photo[..., :3], 1 - self.photo[..., 3]
+        if kind == "ImageUpscaleWithModel":
+            return (self.value(node_id, "image").repeat_interleave(4, 1).repeat_interleave(4, 2),)
+        if kind == "VAEDecode":
+            sampler = inputs["samples"][0]
+            encoder = self.graph[sampler]["inputs"]["latent_image"][0]
+            return (1 - self.vae.vae_encode_crop_pixels(self.value(encoder, "pixels")),)
+        values = {name: self.value(node_id, name) for name in inputs}
+        if kind == "ImageScaleBy":
+            return host_nodes.ImageScaleBy().upscale(**values)
+        if kind == "ImageFromBatch":
+            return (values["image"],)
+        for module in (pack_nodes, comfy_extras.nodes_compositing, comfy_extras.nodes_post_processing):
+            if hasattr(module, kind):
+                return getattr(module, kind).execute(**values).result
+        raise KeyError(kind)
 
 
 def make_small(graph: dict) -> None:
@@ -161,10 +258,8 @@ def give_all(base: Path) -> None:
 
 def give_pictures(folder: Path) -> None:
     """A photo under the name of the one that every host has, as if painted on with the mask editor, and a video that pans over it."""
+    painted_photo(96, 64).save(folder / "example.png")
     photo = skimage.data.coffee()[:256:4, :384:4]
-    painted = numpy.full((*photo.shape[:2], 1), 255, numpy.uint8)
-    painted[12:44, 20:60] = 0
-    Image.fromarray(numpy.concatenate([photo, painted], 2)).save(folder / "example.png")
     with av.open(str(folder / "video.mp4"), "w") as video:
         stream = video.add_stream("libx264", rate=8)
         stream.width, stream.height, stream.pix_fmt = 80, 64, "yuv420p"
@@ -172,6 +267,15 @@ def give_pictures(folder: Path) -> None:
             frame = numpy.ascontiguousarray(photo[:, shift:shift + 80])
             video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         video.mux(stream.encode())
+
+
+def painted_photo(width: int, height: int) -> Image.Image:
+    """A photo of that size, with a hole in its alpha, as the host's mask editor paints."""
+    photo = Image.fromarray(skimage.data.coffee()[:256, :384]).resize((width, height), Image.Resampling.NEAREST)
+    painted = numpy.full((height, width), 255, numpy.uint8)
+    painted[height * 3 // 16:height * 11 // 16, width * 5 // 24:width * 15 // 24] = 0
+    photo.putalpha(Image.fromarray(painted))
+    return photo
 
 
 def frames(server, output: dict) -> numpy.ndarray:

@@ -363,8 +363,9 @@ def strength_raster(tree: Quadtree, height: int, width: int, cell_px: int = 1) -
     """
     spans = _placement_of(tree, height * cell_px, width * cell_px, cell_px)
     if spans is None:
-        what = f"the latent is that of one of {width * cell_px} x {height * cell_px} px ({width} x {height} cells)" if cell_px > 1 else f"the latent or picture is {width} x {height}"
-        raise ValueError(f"quadtree: made for a picture of {tree.width} x {tree.height}, but {what}, which is another aspect. {_way_to_the_tree(tree)}")
+        px = f": it is of one of {width * cell_px} x {height * cell_px} px" if cell_px > 1 else ""
+        raise ValueError(
+            f"quadtree: made for a picture of {tree.width} x {tree.height}, but the latent or picture is {width} x {height}, which is another aspect{px}. {_way_to_the_tree(tree)}")
     return _raster(tree, *(span.px((torch.arange(cells, dtype=torch.float64) + 0.5) * cell_px) for span, cells in zip(spans, (height, width))))
 
 

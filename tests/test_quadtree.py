@@ -225,7 +225,7 @@ def test_a_16384_px_picture_is_cut_too():
      "protect: expected a mask of the quadtree's picture, 64 x 64 px or of that aspect, got 128 x 64. Crop and scale the mask together with the picture"),
     (lambda: draw_quadtree(flat(64, 32), build_quadtree(flat(64, 64))), "image: expected the picture that the quadtree was made from, 64 x 64 px, got 32 x 64"),
     (lambda: sides_in_proportion(built(), 64, 64), "width and height: expected the aspect of the quadtree's picture, 776 x 1000 px, got 64 x 64. Set one of them to 0"),
-    (lambda: strength_raster(built(), 64, 64, 8), "quadtree: made for a picture of 776 x 1000, but the latent is that of one of 512 x 512 px .64 x 64 cells.*Build the quadtree from the picture that you encode"),
+    (lambda: strength_raster(built(), 64, 64, 8), "quadtree: made for a picture of 776 x 1000, but the latent or picture is 64 x 64, which is another aspect: it is of one of 512 x 512 px. Build the quadtree from the picture that you encode"),
     (lambda: strength_raster(adjust_quadtree(quadtree_from_mask(torch.zeros(1, 64, 64)), invert=True), 64, 96, 8), "64 x 64 is the mask that Load Image gives where nothing was painted"),
     (lambda: composite(flat(64, 64), flat(64, 32), build_quadtree(flat(64, 64))), "original: expected the size of image, 32 x 64 px.*got 64 x 64 px. That is another aspect: connect the picture that went into VAE Encode, after any crop"),
     (lambda: composite(flat(383, 501), flat(760, 1000), built()), "original: expected the size of image, 1000 x 760 px.*got 501 x 383 px. The result is 2 times as large: connect the picture that went into VAE Encode, after all scaling"),

@@ -47,10 +47,11 @@ def functions_of(module: types.ModuleType) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name, allowed", [
-    ("quadtree", set()), ("denoise_schedule", set()), ("windows", {".quadtree"}),
+    ("quadtree", set()), ("denoise_schedule", set()), ("windows", {".quadtree"}), ("copies", set()),
 ])
 def test_the_pure_modules_know_torch_and_at_most_the_tree(name, allowed):
-    outside = {"__future__", "json", "math", "dataclasses", "collections.abc", "torch", "torch.nn.functional"}
+    outside = {
+        "__future__", "copy", "enum", "functools", "inspect", "json", "math", "dataclasses", "collections.abc", "torch", "torch.nn.functional", "types", "weakref"}
     assert imports(ROOT / f"{name}.py") - outside <= allowed
 
 

@@ -21,6 +21,7 @@ import comfy.utils
 
 from .canvas import Canvas, common_part, cut_rows, in_units_of, moved_to, passes_whole
 from .control import counts_rows, cut_control
+from .masks import cut_attention
 from .patches import bring_patches
 from .quadtree import Rect
 from .windows import slices
@@ -216,17 +217,7 @@ def _resized(value: torch.Tensor, rects: Sequence[Rect], canvas: Canvas) -> torc
 
 def _attention_mask(value: torch.Tensor, rects: Sequence[Rect], canvas: Canvas) -> torch.Tensor | None:
     """FLUX's mask of text and picture tokens by themselves, (b, tokens, tokens); other families' are of the text alone."""
-    height, width = (math.ceil(length / canvas.patch) for length in canvas.size)
-    text = value.shape[-1] - height * width
-    if value.ndim != 3 or value.shape[-2] != value.shape[-1] or text < 0:
-        return None
-    if len(rects) > 1:
-        value = comfy.utils.repeat_to_batch_size(value, canvas.rows)
-    picture, parts = torch.arange(text, text + height * width, device=value.device).view(height, width), []
-    for rect in in_units_of(picture, rects, Fraction(1, canvas.patch), Fraction(1, canvas.patch)):
-        tokens = torch.cat([torch.arange(text, device=value.device), picture[slices(rect)].flatten()])
-        parts.append(value[:, tokens][:, :, tokens])
-    return torch.cat(parts)
+    return cut_attention(value, rects, canvas) if value.ndim == 3 else None
 
 
 def _keyframes(value: torch.Tensor, rects: Sequence[Rect], canvas: Canvas) -> torch.Tensor | None:

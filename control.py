@@ -23,7 +23,7 @@ import comfy.sd
 
 from .canvas import Canvas, common_part, cut_rows, in_units_of, moved_to, run_alone, scaled
 from .copies import Copies, reachable
-from .masks import View, cut_to, is_hint, is_mask
+from .masks import View, cut_to, empty_caches, is_hint, is_mask
 from .quadtree import Rect
 
 # Those of the host, which have rules of their own.
@@ -128,7 +128,7 @@ def _refused(control, why: str) -> ValueError:
 
 def _finish(part, view: View) -> None:
     """Complete the copy of a control, or of what belongs to one."""
-    _empty_caches(part)
+    empty_caches(part, MODELS)
     if not isinstance(part, comfy.controlnet.ControlBase):
         return
     part.cond_hint = part.extra_concat = None
@@ -206,21 +206,3 @@ class _FreshFeatures:
         if self.cond_hint is not None and self.cond_hint.shape[0] not in (1, x_noisy.shape[0]):
             self.control_input = None
         return super().get_control(x_noisy, *args)
-
-
-def _empty_caches(part) -> None:
-    """Let a copy make anew what its original has made of whole masks and hints."""
-    inside = getattr(part, "__dict__", {})
-    for name, value in list(inside.items()):
-        sources = (f"{name}_original", f"{name}_orig", f"original_{name}", f"orig_{name}")
-        if "cache" in name or any(source in inside for source in sources):
-            inside[name] = _emptied(value)
-
-
-def _emptied(value):
-    """A container of its own that is empty, and None for a tensor; anything else is no cache."""
-    if torch.is_tensor(value):
-        return None
-    if isinstance(value, (dict, list, set)) and (not value or any(map(torch.is_tensor, reachable(value, MODELS)))):
-        return type(value)()
-    return None if isinstance(value, tuple) and any(map(torch.is_tensor, reachable(value, MODELS))) else value

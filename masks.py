@@ -4,6 +4,7 @@ By its name, that of the argument, attribute or variable that leads to it, and b
 """
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import torch
 
 import comfy.utils
 
-from .canvas import Canvas, cut_rows, in_units_of
+from .canvas import Canvas, cut_latent, cut_rows, in_units_of
+from .copies import reachable
 from .quadtree import Rect
 
 # Within something named for masks, these are none; nor are the weights of a layer, whose name has dots.
@@ -104,6 +106,24 @@ def cut_to(value, view: View, algorithm: str = "bilinear"):
     return part.numpy() if isinstance(value, numpy.ndarray) else part
 
 
+def cut_attention(value: torch.Tensor, rects: Sequence[Rect], canvas: Canvas) -> torch.Tensor | None:
+    """The part of a mask between tokens, (..., tokens, tokens), text's first; None if it has none of the picture's.
+
+    For several windows its first dimension is the images of a batch.
+    """
+    height, width = (math.ceil(length / canvas.patch) for length in canvas.size)
+    text = value.shape[-1] - height * width
+    if value.ndim < 2 or value.shape[-2] != value.shape[-1] or text < 0:
+        return None
+    if len(rects) > 1:
+        value = comfy.utils.repeat_to_batch_size(value if value.ndim > 2 else value[None], canvas.rows)
+    picture, parts = torch.arange(text, text + height * width, device=value.device).view(height, width), []
+    for rect in in_units_of(picture, rects, Fraction(1, canvas.patch), Fraction(1, canvas.patch)):
+        tokens = torch.cat([torch.arange(text, device=value.device), cut_latent(picture, [rect]).flatten()])
+        parts.append(value[..., tokens, :][..., tokens])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _edges(rect: Rect, across: Sequence[Fraction]):
     down, right = across
     return (rect.top, down), (rect.bottom, down), (rect.left, right), (rect.right, right)
@@ -120,3 +140,27 @@ def _in_px(planes: torch.Tensor, view: View, algorithm: str) -> torch.Tensor:
         scaled = comfy.utils.common_upscale(samples.float(), width, height, algorithm, "disabled").to(planes.dtype)
         view.canvas.prepared[key] = planes, scaled.reshape(*planes.shape[:-2], height, width)
     return view.canvas.prepared[key][1]
+
+
+def empty_caches(part, closed: tuple[type, ...]) -> None:
+    """Let a copy make anew, and for itself, what its original has made or will make of whole masks and hints."""
+    inside = getattr(part, "__dict__", {})
+    for name, value in list(inside.items()):
+        sources = (f"{name}_original", f"{name}_orig", f"original_{name}", f"orig_{name}")
+        if "cache" in name or any(source in inside for source in sources) or _is_by_size(value):
+            inside[name] = _emptied(value, closed)
+
+
+def _is_by_size(value) -> bool:
+    """True for a dictionary that is empty, or tells sizes apart."""
+    return type(value) is dict and all(isinstance(key, (tuple, torch.Size)) for key in value)
+
+
+def _emptied(value, closed: tuple[type, ...]):
+    """A container of its own that is empty, and None for a tensor; anything else is no cache."""
+    if torch.is_tensor(value):
+        return None
+    holds = isinstance(value, (dict, list, set, tuple)) and any(map(torch.is_tensor, reachable(value, closed)))
+    if isinstance(value, tuple):
+        return None if holds else value
+    return type(value)() if holds or isinstance(value, (dict, list, set)) and not value else value

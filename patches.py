@@ -21,7 +21,7 @@ import comfy.utils
 from .canvas import Canvas, cut_rows, in_units_of, passes_whole, run_alone, scaled
 from .control import with_models_kept
 from .copies import CLOSED, Copies, is_closed, parts
-from .masks import View, as_tensor, covers, cut_to, is_mask, is_no_picture, is_picture
+from .masks import View, as_tensor, covers, cut_attention, cut_to, empty_caches, is_mask, is_no_picture, is_picture
 from .quadtree import Rect
 
 # In transformer_options: the windows of a batch, and the canvas that they are cut from.
@@ -53,6 +53,7 @@ def cut_patches(options: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
 
 def windows_are_alone(model_options: dict, canvas: Canvas) -> bool:
     """True if a patch holds a mask: whether its rows are images, regions or something else is known to its pack alone."""
+    _keep_counts(canvas)
     if "alone" not in canvas.prepared:
         whole = (Rect(0, 0, *canvas.size),)
         cut_patches(model_options["transformer_options"], whole, canvas)
@@ -71,8 +72,27 @@ def _copies(rects: tuple[Rect, ...], canvas: Canvas) -> Copies:
     key = "patches", rects
     if key not in canvas.copies:
         view = View(rects, canvas.size, canvas)
-        canvas.copies[key] = Copies(lambda path, value: _replaced(path, value, view), closed=MODELS)
+        canvas.copies[key] = Copies(lambda path, value: _replaced(path, value, view), finish=lambda value, part: _go_on(value, part, canvas), closed=MODELS)
     return canvas.copies[key]
+
+
+def _keep_counts(canvas: Canvas) -> None:
+    """Remember what patches have counted up to this step, for windows that begin with it."""
+    latest = canvas.prepared.get("latest", {})
+    canvas.prepared["counts"] = {number: (value, _counts(part)) for number, (value, part) in latest.items()}
+
+
+def _go_on(value, part, canvas: Canvas) -> None:
+    """Let a new copy of an object count from where its former copies are, and make what it caches by itself."""
+    if hasattr(part, "__dict__") and not isinstance(part, types.FunctionType):
+        empty_caches(part, MODELS)
+        _, counts = canvas.prepared.get("counts", {}).get(id(value), (value, {}))
+        part.__dict__.update({name: count for name, count in counts.items() if type(part.__dict__.get(name)) is type(count)})
+        canvas.prepared.setdefault("latest", {})[id(value)] = value, part
+
+
+def _counts(part) -> dict:
+    return {name: count for name, count in vars(part).items() if type(count) in (int, float)}
 
 
 def _cut(value, name: str, rects: tuple[Rect, ...], canvas: Canvas):
@@ -116,14 +136,23 @@ def _replaced(path: Sequence[str], value, view: View):
 def _cut_tensor(path: Sequence[str], value, view: View):
     """A mask's part; of what is not cut, the log names whatever may belong to a part of the picture."""
     tensor, where = as_tensor(value), ".".join(filter(None, path))
+    if tensor.ndim < 2:
+        return None
     if is_mask(path):
-        part = cut_to(value, view)
-        if part is None and tensor.ndim >= 2 and min(tensor.shape[-2:]) > 1:
+        part = _cut_between_tokens(tensor, view)
+        part = cut_to(value, view) if part is None else part
+        if part is None and min(tensor.shape[-2:]) > 1:
             passes_whole(view.canvas, f"mask {where}, {tuple(tensor.shape)},")
         return part
     if tensor.ndim >= 3 and covers(tensor, view) and (is_picture(path) or _is_of_the_canvas(tensor, view) and not is_no_picture(path)):
         passes_whole(view.canvas, f"picture {where}, {tuple(tensor.shape)},")
     return None
+
+
+def _cut_between_tokens(tensor: torch.Tensor, view: View) -> torch.Tensor | None:
+    """What a transformer's attention is told of text and picture: square, with more tokens than a mask of the picture has rows."""
+    side, px = tensor.shape[-1], max(view.size) * view.cell_px
+    return cut_attention(tensor, view.rects, view.canvas) if side > px or covers(tensor, view) is None else None
 
 
 def _is_of_the_canvas(tensor: torch.Tensor, view: View) -> bool:

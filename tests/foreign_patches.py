@@ -185,6 +185,25 @@ def with_dit_blocks(patcher, mask):
     return patcher
 
 
+class RegionalAttention:
+    """What FLUX's picture tokens attend to less: those on the other side of a mask (1, height, width) in cells."""
+
+    def __init__(self, mask):
+        tokens = torch.nn.functional.avg_pool2d(mask, 2).flatten().round()
+        self.attn_mask = torch.zeros(64 + len(tokens), 64 + len(tokens))
+        self.attn_mask[64:, 64:] = -4.0 * (tokens[:, None] - tokens).abs()
+
+    def __call__(self, args, extra):
+        return extra["original_block"](args | {"attn_mask": self.attn_mask[None, None]})
+
+
+def with_regional_attention(patcher, mask):
+    patcher = patcher.clone()
+    for block in ("double_block", "single_block"):
+        patcher.set_model_patch_replace(RegionalAttention(mask), "dit", block, 0)
+    return patcher
+
+
 KINDS = {
     "an object with arguments": ("sd15", with_several),
     "functools.partial": ("sd15", with_partial),

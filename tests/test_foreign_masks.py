@@ -5,7 +5,7 @@ import comfy.hooks
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from foreign_patches import BLOCKS, KINDS, SeveralAttentions, attend, embeds, hooked, with_closures, with_several
+from foreign_patches import BLOCKS, KINDS, SeveralAttentions, attend, embeds, for_tokens, hooked, with_closures, with_regional_attention, with_several
 from seen import denoised
 from tiny_controls import picture
 from tiny_models import drawer, load
@@ -122,6 +122,21 @@ def test_the_masks_effect_is_large_and_depends_on_its_place(kind):
     assert (one - other).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("tile_batch_size", [1, 4])
+def test_a_mask_between_tokens_is_cut_to_those_of_the_window(tile_batch_size):
+    model, mask = load("flux_dev"), mask_of(32, 48)
+    conds = model.positive(HEIGHT_PX, WIDTH_PX), model.negative(HEIGHT_PX, WIDTH_PX)
+
+    def put_on(patcher, rect):
+        return with_regional_attention(patcher, part_of(mask, rect))
+
+    found = assert_windows_are_their_crops(model, put_on, lambda rect: conds, batch=2, tile_batch_size=tile_batch_size)
+    assert set(found) == {(8, 0), (8, 1), (16, 0), (16, 1)}
+    latent = model.latent(HEIGHT_PX, WIDTH_PX)
+    plain, masked = (denoised(patcher, latent, *conds, percents=(0.3,)) for patcher in (model.patcher, put_on(model.patcher, None)))
+    assert (plain - masked).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("scope", [comfy.hooks.EnumHookScope.HookedOnly, comfy.hooks.EnumHookScope.AllConditioning])
 @pytest.mark.parametrize("tile_batch_size", [1, 4])
 @pytest.mark.parametrize("batch", [1, 2])
@@ -178,6 +193,61 @@ def test_copies_are_made_once_for_each_window_and_what_they_keep_survives_the_st
     assert "steps" not in vars(patch) and patch.kwargs[0]["mask"].shape == (1, 256, 384)
 
 
+def test_windows_do_not_share_what_a_patch_caches_by_its_size():
+    """Windows of one size would get each other's mask; and what a plain run has left is that of another place."""
+    class Caching:
+        def __init__(self, mask):
+            self.mask, self.calls, self.by_tokens, self.cached_mask = mask, [], {}, None
+
+        def __call__(self, out, extra_options):
+            key = (out.shape[1], extra_options["block"])
+            if key not in self.by_tokens:
+                self.by_tokens[key] = for_tokens(self.mask, out.shape[1])
+            if self.cached_mask is None:
+                self.cached_mask = self.mask.mean()
+            self.calls.append(key)
+            return out * (1 + self.by_tokens[key]) * self.cached_mask
+
+    def put_on(patcher, rect):
+        patcher, patch = patcher.clone(), whole if rect is None else Caching(part_of(mask, rect))
+        patcher.set_model_attn2_output_patch(patch)
+        return patcher
+
+    mask, model = mask_of(256, 384), load("sd15")
+    whole, conds = Caching(mask), (model.positive(HEIGHT_PX, WIDTH_PX), model.negative(HEIGHT_PX, WIDTH_PX))
+    denoised(put_on(model.patcher, None), model.latent(128, 192), *conds)
+    before = dict(whole.by_tokens), len(whole.calls)
+    assert_windows_are_their_crops(model, put_on, lambda rect: conds)
+    assert whole.by_tokens == before[0] and len(whole.calls) > before[1]
+
+
+def test_what_a_patch_counts_goes_on_in_windows_that_begin_later():
+    """As in plain sampling, where the patch is called at every step."""
+    class Counting:
+        def __init__(self):
+            self.mask, self.steps = mask_of(256, 384), 0
+
+        def __call__(self, out, extra_options):
+            self.steps += 1
+            seen.append((float(extra_options["sigmas"][0]), self.steps))
+            return out
+
+    seen, patcher, patch = [], load("sd15").patcher.clone(), Counting()
+    patcher.set_model_attn2_output_patch(patch)
+    mask = torch.zeros(1, HEIGHT_PX, WIDTH_PX)
+    mask[:, 64:192, 64:320] = 0.5
+    mask[:, 128:192, 128:256] = 1
+    percents = (0.1, 0.3, 0.5, 0.7)
+    tiles = TiledDiffusion(quadtree_from_mask(mask, min_leaf=64, max_leaf=64), method="MultiDiffusion", min_window=64, max_window=64, tile_overlap=0)
+    model = load("sd15")
+    denoised(tiles.patched(patcher), model.latent(HEIGHT_PX, WIDTH_PX), model.positive(HEIGHT_PX, WIDTH_PX), percents=percents)
+    places, steps = 3, sorted({sigma for sigma, _ in seen}, reverse=True)  # three attention layers are one step
+    counts = [{-(-count // places) for sigma, count in seen if sigma == step} for step in steps]
+    assert counts == [{1}, {2}, {3}, {4}]
+    assert [sum(sigma == step for sigma, _ in seen) // places for step in steps] == [2, 2, 8, 8]
+    assert patch.steps == 0
+
+
 def test_embeddings_keys_and_noise_levels_are_the_users_own():
     for options in seen_options(with_several(load("sd15").patcher, mask_of(256, 384))):
         for patch in options["patches_replace"]["attn2"].values():
@@ -192,6 +262,22 @@ def test_windows_that_share_a_batch_are_said_to_be_run_one_at_a_time(caplog):
     assert {len(options[WINDOWS][0]) for options in calls} == {1}
     line = "a patch that holds a mask of the picture may take the windows of a batch for images: they are run one at a time"
     assert [record.getMessage() for record in caplog.records].count(line) == 1
+
+
+def test_masks_in_numpy_and_in_dataclasses_are_cut_and_counts_and_words_are_not():
+    from dataclasses import make_dataclass
+    kept = make_dataclass("Kept", ["mask", "mask_blur", "mask_mode", "masks"])(mask_of(32, 48)[0].numpy(), 4, "soft", {"a": [mask_of(32, 48) > 0.5]})
+
+    def patch(out, extra_options):
+        rect = extra_options[WINDOWS][0][0]
+        assert kept.mask.shape == (rect.height, rect.width) and kept.mask_blur == 4 and kept.mask_mode == "soft"
+        assert torch.equal(torch.from_numpy(kept.mask), part_of(mask_of(32, 48), rect)[0]) and kept.masks["a"][0].dtype == torch.bool
+        return out
+
+    patcher = load("sd15").patcher.clone()
+    patcher.set_model_attn1_output_patch(patch)
+    assert len(seen_options(patcher)) > 2
+    assert kept.mask.shape == (32, 48)
 
 
 MASK = mask_of(256, 384)

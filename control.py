@@ -21,7 +21,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 
-from .canvas import Canvas, common_part, cut_rows, in_units_of, moved_to, run_alone, scaled
+from .canvas import Canvas, common_part, cut_rows, in_units_of, moved_to, passes_whole, run_alone, scaled
 from .copies import Copies, reachable
 from .masks import View, cut_to, empty_caches, is_hint, is_mask
 from .quadtree import Rect
@@ -82,14 +82,17 @@ def _copy_of(control, copies: Copies):
 
 
 def _copies(view: View) -> Copies:
-    def replaced(path, value):
-        if path[-1] in HINTS:
-            return None
-        if is_mask(path):
-            return cut_to(value, view)
-        return cut_to(value, view, "nearest-exact") if is_hint(path) and getattr(value, "ndim", 0) >= 3 else None
+    return Copies(lambda path, value: _replaced(path, value, view), _is_control, lambda value, part: _finish(part, view), MODELS)
 
-    return Copies(replaced, _is_control, lambda value, part: _finish(part, view), MODELS)
+
+def _replaced(path: Sequence[str], value, view: View):
+    """The part of a mask, or of a hint in another place than the host's."""
+    if path[-1] in HINTS or getattr(value, "ndim", 0) < 2 or not (is_mask(path) or is_hint(path)):
+        return None
+    part = cut_to(value, view, "bilinear" if is_mask(path) else "nearest-exact")
+    if part is None and min(value.shape[-2:]) > 1:
+        passes_whole(view.canvas, f"mask {'.'.join(filter(None, path))}, {tuple(value.shape)},")
+    return part
 
 
 def _is_control(value) -> bool:

@@ -68,11 +68,15 @@ def _own_name(path: Sequence[str]) -> str:
 
 
 def covers(value: torch.Tensor, view: View) -> tuple[int, int] | None:
-    """The dimensions of height and width of a tensor in the proportion of a place: its last two, or those before colours."""
-    if value.ndim >= 2 and _in_proportion(*value.shape[-2:], *view.size):
-        return -2, -1
-    if value.ndim >= 3 and value.shape[-1] <= 4 and _in_proportion(*value.shape[-3:-1], *view.size):
-        return -3, -2
+    """The dimensions of height and width of a tensor in the proportion of a place: its last two, or those before colours.
+
+    Or in that of the whole picture, which is laid over any place that a control covers.
+    """
+    for size in (view.size, view.canvas.size):
+        if value.ndim >= 2 and _in_proportion(*value.shape[-2:], *size):
+            return -2, -1
+        if value.ndim >= 3 and value.shape[-1] <= 4 and _in_proportion(*value.shape[-3:-1], *size):
+            return -3, -2
     return None
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 import functools
 
 import comfy.controlnet
+import comfy.utils
 import pytest
 import torch
 from foreign_controls import FOLLOWING, Keyframe, Outer, OwnMethods, Weights
+from nodes import ConditioningSetArea
 from seen import HEIGHT_PX, WIDTH_PX, assert_windows_see_their_part, denoised, every_batching, tiled
 from test_control import controlled, prompts
 from tiny_controls import CPU, EchoNetwork, EchoVAE, echo_adapter, echo_control, echoed, picture, sd15_controlnet
@@ -82,6 +84,53 @@ def test_a_mask_of_an_odd_size_is_that_of_the_picture():
     whole, parts = (
         denoised(with_prediction(patcher, echoed), model.latent(HEIGHT_PX, WIDTH_PX), *conds) for patcher in (model.patcher, tiled(model.patcher)))
     assert (whole - parts).abs().max() < 0.02
+
+
+class OwnHint(OwnMethods):
+    """Keeps its hint as the picture it was given, under a name of its own."""
+
+    def set_cond_hint_mine(self, hint, *arguments, **options):
+        self.hint_image = hint.movedim(1, -1)
+        return self
+
+    def get_control_mine(self, x_noisy, *arguments):
+        height, width = (8 * length for length in x_noisy.shape[-2:])
+        hint = comfy.utils.common_upscale(self.hint_image.movedim(-1, 1), width, height, "nearest-exact", "center")
+        return self.control_merge({"output": [hint]}, None, None)
+
+
+@pytest.mark.parametrize("size", [(HEIGHT_PX, WIDTH_PX), (2 * HEIGHT_PX, 2 * WIDTH_PX), (300, 394)])
+def test_a_hint_under_another_name_is_cut_too(size):
+    assert_windows_see_their_part(load("sd15"), echoed, *controlled("sd15", OwnHint(), picture(*size)), tiling={}, cfg=4.0)
+
+
+def in_an_area(mask) -> tuple[list, list]:
+    """Conditionings under a control with a mask, in an area of 30 x 40 cells."""
+    control = OwnMethods()
+    control.cond_mask = mask
+    positive, negative = controlled("sd15", control)
+    return ConditioningSetArea().append(positive, 320, 240, 120, 88, 1.0)[0], negative
+
+
+@pytest.mark.parametrize("size", [(240, 320), (30, 40), (480, 640)])
+def test_the_mask_of_a_control_in_an_area_is_laid_over_the_area_as_the_hint_is(size):
+    assert_windows_see_their_part(load("sd15"), echoed, *in_an_area(mask_of(*size)), tiling={})
+
+
+def test_so_is_a_mask_of_the_pictures_proportion_within_a_pixel():
+    conds, model = in_an_area(torch.linspace(0, 1, WIDTH_PX).repeat(1, HEIGHT_PX, 1)), load("sd15")
+    whole, parts = (
+        denoised(with_prediction(patcher, echoed), model.latent(HEIGHT_PX, WIDTH_PX), *conds) for patcher in (model.patcher, tiled(model.patcher)))
+    assert (whole - parts).abs().max() < 0.01
+
+
+def test_a_mask_of_another_proportion_is_named(caplog):
+    caplog.set_level("INFO")
+    control = OwnMethods()
+    control.cond_mask = mask_of(100, 50)
+    denoised(with_prediction(tiled(load("sd15").patcher), echoed), load("sd15").latent(HEIGHT_PX, WIDTH_PX), *controlled("sd15", control))
+    assert [record.getMessage() for record in caplog.records if "sees the whole of it" in record.getMessage()] == [
+        "mask OwnMethods.cond_mask, (1, 100, 50), is not known to belong to a part of the picture: every window sees the whole of it"]
 
 
 def seen_by_a_window(control):

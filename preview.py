@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from aiohttp import web
 
-from .denoise_schedule import share_at
+from .denoise_schedule import on_steps, share_at
 from .quadtree import (
     METRICS, VIRIDIS, CellStatistics, Quadtree, Refusal, check_leaves, coarsen, edit_quadtree, grow_quadtree, measure_cells, painted_cells,
     parse_edits, strength_colour)
@@ -155,7 +155,7 @@ def said(problem: ValueError) -> dict:
 def estimated_cost(tree: Quadtree) -> float:
     """The model's work with the patch's defaults, as a share of sampling everything."""
     height, width = max(tree.height // CELL_PX, 1), max(tree.width // CELL_PX, 1)
-    strengths = strengths_in_cells(tree, height, width, cell_px=CELL_PX)
+    strengths = on_steps(TiledDiffusion.schedule, strengths_in_cells(tree, height, width, cell_px=CELL_PX), STEPS)
     sides = (side // CELL_PX for side in (TiledDiffusion.min_window, TiledDiffusion.max_window, TiledDiffusion.tile_overlap))
     sizes, cost = window_sizes(*sides, PATCH_CELLS), WindowCost(PATCH_CELLS)
     levels, costs, total = strengths.unique(), {}, 0.0
@@ -240,5 +240,5 @@ def _hex(strength: float) -> str:
 
 def _steps_of(strength: float) -> int:
     """In how many of the steps a leaf of this strength is sampled."""
-    value = torch.tensor(strength)
+    value = on_steps(TiledDiffusion.schedule, torch.tensor(strength), STEPS)
     return sum(bool(share_at(TiledDiffusion.schedule, value, step / STEPS) > 0) for step in range(STEPS))

@@ -32,6 +32,9 @@ UNPAINTED_PX = 64
 # One level of an 8-bit picture: a smaller deviation is rounding, not detail.
 VISIBLE = 1.0
 
+# Strengths of masks are whole parts of this: it holds every hundredth that is typed and every level of an 8-bit mask.
+MASK_GRID = 5100
+
 # Characters and pixels; what can be painted by hand stays below both.
 LONGEST_EDITS = 500_000
 LARGEST_EDIT = 1_000_000
@@ -233,8 +236,8 @@ def quadtree_from_mask(mask: torch.Tensor, *, min_leaf: int = 64, max_leaf: int 
     """Build a tree whose strengths are a mask's: leaves are as large as the mask is even.
 
     mask: (B, H, W) or (H, W) in 0..1, white = 1 = redraw; of several the maximum counts.
-    A leaf on an edge of the mask, min_leaf large, gets the mean, to 1/255; with edges "keep black" one that holds any black
-    gets 0, so that all that is black is kept.
+    A leaf on an edge of the mask, min_leaf large, gets the mean, to a hundredth or an 8-bit level and parts between; with
+    edges "keep black" one that holds any black gets 0, so that all that is black is kept.
     """
     check_leaves(min_leaf, max_leaf)
     if edges not in MASK_EDGES:
@@ -251,7 +254,7 @@ def quadtree_from_mask(mask: torch.Tensor, *, min_leaf: int = 64, max_leaf: int 
         lows.append(low)
         uneven.append(high - low > 1 / 255)
     level = _leaf_level(uneven)
-    strength = (_at_level(means, level).double() * 255).round() / 255
+    strength = (_at_level(means, level).double() * MASK_GRID).round() / MASK_GRID
     if edges == "keep black":
         strength[_at_level(lows, level) < BLACK] = 0
     return _collect_leaves(*mask.shape, min_leaf, max_leaf, level, strength * 255, strength)

@@ -28,7 +28,7 @@ import comfy.utils
 from .canvas import Canvas, cut_latent
 from .conditioning import REFERENCES, cut_conds, kind_of_window
 from .control import check_controls
-from .denoise_schedule import EASE_CELLS, SCHEDULES, eased, progress_at, share_at, txt2img_share_at
+from .denoise_schedule import EASE_CELLS, SCHEDULES, Clock, eased, falling_part, on_steps, share_at, txt2img_share_at
 from .patches import apply_model, windows_are_alone, with_windows
 from .quadtree import Quadtree, strength_raster
 from .windows import (
@@ -38,6 +38,15 @@ KEY = "quadtree_tiled_diffusion"
 
 # More windows at once fill no accelerator better, and a cancelled run would wait for all of them.
 LARGEST_BATCH = 16
+
+# The most by which samples differ from the original, in the model's scale, where no noise is left in them.
+NO_NOISE = 1e-4
+
+# Encoded pictures have a standard deviation of about 1 in the model's scale; above this a latent is mostly noise.
+NOISY = 2.0
+
+# The host's samplers that take steps of their own.
+OWN_STEPS = ("dpm_fast", "dpm_adaptive")
 
 # Between two lines on the node, in seconds.
 TELL_EVERY = 0.5
@@ -87,6 +96,9 @@ class TiledDiffusion:
         ):
             model.remove_wrappers_with_key(kind, KEY)
             model.add_wrapper_with_key(kind, KEY, wrapper)
+        # Around all others, so that what they give back is restored, too.
+        outer = model.wrappers[types.OUTER_SAMPLE]
+        model.wrappers[types.OUTER_SAMPLE] = {KEY: outer.pop(KEY)} | outer
         return model
 
     def sizes(self, model) -> WindowSizes:
@@ -105,17 +117,17 @@ class TiledDiffusion:
 
     def _sampled(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         _check_latent(latent_image, kwargs.get("latent_shapes"))
-        run = Run(self)
+        model = executor.class_obj.model_patcher.model
+        _check_canvas(self.tree, latent_image, model.latent_format.spacial_downscale_ratio)
+        run = Run(self, noise, latent_image, sigmas)
         # In this run the guider's options are a copy, made by CFGGuider.sample.
         options = executor.class_obj.model_options["transformer_options"]
         options[KEY] = run
         _put_in_place(options["wrappers"])
-        # Some samplers (uni_pc) overwrite their last sigma.
-        finishes = len(sigmas) > 0 and float(sigmas[-1]) == 0
-        samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        samples = run.restored(executor(noise, latent_image, sampler, sigmas, *args, **kwargs), model)
         samples.flatten()[:1].tolist()  # waits for the device, so that the run's time is whole
         run.report()
-        return run.restored(samples, latent_image) if finishes else samples
+        return samples
 
     @contextlib.contextmanager
     def _named_errors(self):
@@ -141,9 +153,15 @@ class TiledDiffusion:
 class Run:
     """The state of one sampling run; it lives in that run's transformer_options and nowhere else."""
 
-    def __init__(self, settings: TiledDiffusion):
+    def __init__(self, settings: TiledDiffusion, noise: torch.Tensor, latent: torch.Tensor, sigmas: torch.Tensor):
         self.settings = settings
+        self.latent = latent
+        self.with_noise = bool(torch.count_nonzero(noise))
+        # As they are now: some samplers (uni_pc) overwrite their last sigma.
+        self.sigmas = tuple(sigmas.tolist())
+        self.clock: Clock | None = None
         self.original: torch.Tensor | None = None
+        self.is_restored = False
         self.plans: dict = {}
         self.prepared: dict = {}
         self.copies: dict = {}
@@ -153,23 +171,36 @@ class Run:
         self.cost = self.grid_cost = 0.0
         self.told = self.began = time.monotonic()
 
-    def begin(self, model, conds, sigmas, noise, latent) -> None:
-        """Learn what this run is about: the original, the strengths, the schedule and the windows' sizes."""
+    def begin(self, model, sampler, conds, sigmas, noise, latent) -> None:
+        """Learn what this run is about: the original, the strengths, the schedule and the windows' sizes.
+
+        A chain of samplers begins several times, each time with a part of the sigmas.
+        """
         self.began = time.monotonic()  # the model is loaded
         settings = self.settings
+        self.clock = self._start_clock(sampler, tuple(sigmas.tolist()))
+        steps = len(self.schedule) - 1
         self.leaf_strengths = strengths_in_cells(settings.tree, *latent.shape[-2:], settings.skip_diffusion_below, cell_px=model.latent_format.spacial_downscale_ratio)
         self.original = self._find_original(model, noise, latent)
+        if self.original is not None:
+            self.leaf_strengths = on_steps(settings.schedule, self.leaf_strengths, steps)
         # At most half the smallest leaf, so that every leaf reaches its strength.
         ease = min(EASE_CELLS, settings.tree.min_leaf * latent.shape[-1] // settings.tree.width // 2)
         self.strengths = eased(self.leaf_strengths, ease).to(latent.device)
         self.levels = self.leaf_strengths.unique()
-        schedule = sigmas if settings.sigmas is None else settings.sigmas
-        self.schedule = tuple(schedule.tolist())
         self.sizes = settings.sizes(model)
         self.cost_of = window_cost(model, conds, latent.shape)
         self.grid = full_grid(*latent.shape[-2:], self.sizes, self.cost_of)
-        steps = len(self.schedule) - 1
+        self.plans = {}
         self.offsets = shift_offsets(settings.shift_method, steps, self.sizes.sides[-1], patch_cells(model), settings.seed) if settings.method == "SpotDiffusion" else [None] * steps
+
+    def _start_clock(self, sampler, sigmas: tuple[float, ...]) -> Clock:
+        """The whole schedule is the one that is wired, or else the node's, if the sampler was given a part of it."""
+        whole = self.sigmas if self.settings.sigmas is None else tuple(self.settings.sigmas.tolist())
+        if self.settings.sigmas is None and not all(any(math.isclose(sigma, other, rel_tol=1e-4) for other in whole) for sigma in sigmas):
+            whole = sigmas
+        self.schedule = falling_part(whole)
+        return Clock(sigmas, self.schedule, counts=not _has_own_steps(sampler))
 
     def _find_original(self, model, noise, latent):
         """The clean latent in the model's scale, or None where there is none to preserve."""
@@ -177,16 +208,23 @@ class Run:
         if wired is not None:
             wired = _fit_original(wired, latent)
             return model.process_latent_in(wired) if bool(torch.count_nonzero(wired)) else None
-        if not bool(torch.count_nonzero(latent)):
+        if not bool(torch.count_nonzero(self.latent)):
             log.info("the latent is empty, so there is nothing to preserve: every part is sampled, flat ones more gently")
             return None
-        if not bool(torch.count_nonzero(noise)):
+        original = model.process_latent_in(self.latent.to(latent))
+        if not self.with_noise and not bool(torch.count_nonzero(noise)):
             log.warning("this stage starts without noise, so it cannot know the original: nothing is preserved. Connect the encoded picture to `original`.")
             self.leaf_strengths.fill_(1)
-        return latent
+        elif float(original.std()) > NOISY:
+            log.warning(
+                "the latent that came in looks half-sampled, not like an encoded picture (its standard deviation is %.1f, where 1 is usual): "
+                "what is kept is kept with its noise. Connect the encoded picture to `original`.", float(original.std()))
+        return original
 
-    def progress(self, sigma: torch.Tensor) -> float:
-        return progress_at(float(sigma.flatten()[0]), self.schedule)
+    @property
+    def progress(self) -> float:
+        """That of the sampler's last call of the model."""
+        return self.clock.progress
 
     def share(self, progress: float, strengths: torch.Tensor) -> torch.Tensor:
         if self.original is None:
@@ -227,27 +265,67 @@ class Run:
         self.copies = {key: value for key, value in self.copies.items() if wanted.issuperset(key[1])}
         return Canvas(model, tuple(x.shape), x.device, patch_cells(model), self.prepared, self.copies)
 
-    def restored(self, samples: torch.Tensor, latent_image: torch.Tensor) -> torch.Tensor:
-        """The samples with the original, bit for bit, where the strength is 0."""
+    def unsampled(self, strengths: torch.Tensor) -> torch.Tensor:
+        """Where nothing but the original was used up to now."""
+        return self.share(self.progress, strengths) == 0
+
+    def restored(self, samples: torch.Tensor, model) -> torch.Tensor:
+        """The samples with the original, bit for bit, in the cells that were never sampled, unless noise belongs there.
+
+        model: the host's, for its scale. What a sampler leaves when it is stopped has to keep its noise, whatever its last sigma.
+        """
         if self.original is None:
             return samples
-        wired = self.settings.original
-        original = latent_image if wired is None else _fit_original(wired, samples)
-        return torch.where(self.strengths.to(samples.device) == 0, comfy.utils.repeat_to_batch_size(original.to(samples), samples.shape[0]), samples)
+        if samples.shape != self.latent.shape:
+            log.warning("a node after Quadtree Tiled Diffusion gave the samples another size, %s: what was to be kept is not put back.", tuple(samples.shape))
+            return samples
+        original = self.latent.to(samples) if self.settings.original is None else _fit_original(self.settings.original, samples)
+        kept = self.unsampled(self.strengths).to(samples.device)
+        noise = (model.process_latent_in(samples) - model.process_latent_in(original))[..., kept]
+        left = float(noise.square().mean().sqrt()) if noise.numel() else 0.0
+        if left > NO_NOISE and (self.sigmas[-1] > 0 or not self._is_finished(left)):
+            if self.sigmas[-1] == 0:
+                log.warning(
+                    "the sampler ended before its last step, so what was to be kept still holds noise and is left so. "
+                    "To go on from here, connect the encoded picture to `original` and the whole schedule to `sigmas`.")
+            return samples
+        self.is_restored = True
+        return torch.where(kept, original, samples)
+
+    def _is_finished(self, left: float) -> bool:
+        """Whether the sampler came to its end. left: how much noise there is in what was kept."""
+        # One with steps of its own, of which nothing is known: no more than the noise of the last step.
+        return self.clock.at_end or (not self.clock.counts and left <= 2 * self.clock.sigmas[-2])
 
     def report(self) -> None:
         """The run's one line, in the log and on the node."""
         if not self.calls:
             return
-        kept = float((self.strengths == 0).double().mean()) if self.original is not None else 0.0
+        kept = float(self.unsampled(self.strengths).double().mean()) if self.original is not None else 0.0
         line = (
             f"{self.windows} windows over {len(self.schedule) - 1} steps, {self.cost / self.grid_cost:.2f} of the cost of the full grid's {self.grid_windows}; "
-            f"{100 * kept:.0f} % of the picture kept exactly")
+            f"{100 * kept:.0f} % of the picture {'kept exactly' if self.is_restored or not kept else 'not sampled'}")
         log.info(line)
         if self.settings.tell is not None:
             self.settings.tell(
                 line, windows=self.windows, grid_windows=self.grid_windows, steps=len(self.schedule) - 1, cost=self.cost / self.grid_cost, kept=kept,
                 seconds=time.monotonic() - self.began)
+        self._warn_if_little_changed()
+
+    def _warn_if_little_changed(self) -> None:
+        """Say so where more than half of what was to change was never sampled."""
+        wanted = self.leaf_strengths > 0
+        missed = wanted & self.unsampled(self.leaf_strengths)
+        # Stages that follow sample what this one does not come to.
+        if self.original is None or 2 * int(missed.sum()) <= int(wanted.sum()) or (self.settings.sigmas is not None and self.sigmas[-1] > 0):
+            return
+        steps = len(self.schedule) - 1
+        share = 100 * int(missed.sum()) / int(wanted.sum())
+        if self.clock.at_end or not self.clock.counts:
+            reason = f"{steps} step{'s are' if steps > 1 else ' is'} too few for strengths below {1 / steps:.2f}. Use more steps, raise the strengths, or choose the schedule ramp."
+        else:
+            reason = "the sampler ended before their first step. Let it run to its last sigma."
+        log.warning("%.0f %% of what was to change did not change at all: %s", share, reason)
 
     def tell_windows(self, progress: float, done: int, amount: int) -> None:
         """Tell how far a step is, now and then; a step that takes no time is not worth a line."""
@@ -267,23 +345,30 @@ def check_windows(min_window: int, max_window: int) -> None:
 
 
 def _put_in_place(wrappers: dict) -> None:
-    """Make the order of nodes irrelevant: others see the whole latent before it is cut, and none comes after the blend."""
+    """Make the order of nodes irrelevant: others see the whole latent before it is cut, none comes after the blend or before the sampler."""
     types = comfy.patcher_extension.WrappersMP
-    windows = wrappers[types.CALC_COND_BATCH]
-    windows[KEY] = windows.pop(KEY)
+    for kind in (types.CALC_COND_BATCH, types.SAMPLER_SAMPLE):
+        wrappers[kind][KEY] = wrappers[kind].pop(KEY)
     for kind in (types.PREDICT_NOISE, types.APPLY_MODEL):
         others = wrappers[kind]
         wrappers[kind] = {KEY: others.pop(KEY)} | others
 
 
 def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs):
-    """Begin the run, now that the model is loaded and the latent is in its scale."""
+    """Begin the run, now that the model is loaded and the latent is in its scale, and listen to the sampler's steps."""
     run = _run_of(extra_args["model_options"])
-    if run is not None:
-        run.begin(guider.inner_model, guider.conds.values(), sigmas, noise, latent_image)
-        _check_guidance(extra_args["model_options"], run)
-        _check_controls(guider.conds.values(), run)
-    return executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
+    if run is None:
+        return executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
+    run.begin(guider.inner_model, executor.class_obj, guider.conds.values(), sigmas, noise, latent_image)
+    _check_guidance(extra_args["model_options"], run)
+    _check_controls(guider.conds.values(), run)
+
+    def told(step, denoised, x, total, *further):
+        run.clock.callback(int(step), int(total), (x, denoised))
+        if callback is not None:
+            callback(step, denoised, x, total, *further)
+
+    return executor(guider, sigmas, extra_args, told, noise, latent_image, *args, **kwargs)
 
 
 def _predict_noise(executor, x, sigma, model_options={}, *args, **kwargs):
@@ -292,8 +377,8 @@ def _predict_noise(executor, x, sigma, model_options={}, *args, **kwargs):
     if run is None:
         return executor(x, sigma, model_options, *args, **kwargs)
     _check_size(x, run)
+    progress = run.clock.call(float(sigma.flatten()[0]), x)
     denoised = executor(x, sigma, model_options, *args, **kwargs)
-    progress = run.progress(sigma)
     if run.least_share(progress) == 1:
         return denoised
     share = run.share(progress, run.strengths).to(denoised)
@@ -305,7 +390,7 @@ def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
     run = _run_of(model_options)
     if run is None:
         return executor(model, conds, x, sigma, model_options)
-    progress = run.progress(sigma)
+    progress = run.progress
     plan, blend = run.plan(progress)
     run.count(plan)
     if plan.is_whole:
@@ -436,7 +521,8 @@ def _tokens_beside(model_conds, shape, patch: int) -> tuple[int, int]:
 def strengths_in_cells(tree: Quadtree, height: int, width: int, skip_below: float = 0.0, cell_px: int = 1) -> torch.Tensor:
     """The strengths of the leaves over a latent of height x width cells; windows are planned for these."""
     strengths = strength_raster(tree, height, width, cell_px)
-    strengths[strengths < skip_below] = 0
+    # A mask of 8 bits comes no nearer than half a level to what was typed.
+    strengths[strengths < skip_below - 0.5 / 255] = 0
     return strengths
 
 
@@ -468,6 +554,32 @@ def _fit_original(original: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
             f"original: expected a latent like the one that is sampled, {tuple(latent.shape[1:])} (channels, [frames,] height, width), got {tuple(original.shape[1:])}. "
             "Encode the same picture with the same VAE.")
     return comfy.utils.repeat_to_batch_size(original.to(latent), latent.shape[0])
+
+
+def _has_own_steps(sampler) -> bool:
+    """Whether the sampler, or one that is wrapped in its options, takes other steps than those of the schedule."""
+    name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
+    inside = getattr(sampler, "extra_options", None) or {}
+    return any(own in name for own in OWN_STEPS) or any(_has_own_steps(option) for option in inside.values() if hasattr(option, "sampler_function"))
+
+
+def _check_canvas(tree: Quadtree, latent: torch.Tensor, cell_px: int) -> None:
+    """Raise ValueError unless the latent is of the tree's picture, as large or larger; pictures are cropped to whole cells."""
+    height, width = (cells * cell_px for cells in latent.shape[-2:])
+    made = f"quadtree: made for a picture of {tree.width} x {tree.height} px, but what is to be sampled is {width} x {height} px"
+    tiles = "Nodes that sample a part at a time (tile upscalers, detailers) cannot use this tree: give them the model from before Quadtree Tiled Diffusion."
+    is_smaller = [picture - length > cell_px for length, picture in ((height, tree.height), (width, tree.width))]
+    is_larger = [length - picture > cell_px for length, picture in ((height, tree.height), (width, tree.width))]
+    if any(is_smaller) and any(is_larger):
+        raise ValueError(f"{made}, which is another shape. Build the quadtree from the picture that you encode, after any crop or turn. {tiles}")
+    if any(is_smaller):
+        raise ValueError(f"{made}, a part of it or a smaller version. {tiles} To sample a smaller version, scale the picture first and build the quadtree from that.")
+    lowest, highest = (
+        [(length + margin) / picture for length, picture in ((height, tree.height), (width, tree.width))] for margin in (-cell_px, cell_px))
+    if max(lowest) >= min(highest):
+        raise ValueError(
+            f"{made}: enlarged {height / tree.height:.2f} times in height and {width / tree.width:.2f} times in width, which is another aspect. "
+            f"Enlarge both sides alike, or build the quadtree from the picture that you encode, after any crop. {tiles}")
 
 
 def _check_guidance(model_options, run: Run) -> None:

@@ -122,6 +122,7 @@ class Clock:
         self.back: int | None = None  # the number that was last called back with, and how many steps there were said to be
         self.total: int | None = None
         self.shift = 0  # what is to be added to these numbers
+        self.twice = False  # whether it came a second time
         self.late = False  # whether the sampler calls back at a step's end
         self.calls = 0  # calls since it called back
         self.usual: int | None = None  # calls from one callback to the next
@@ -140,7 +141,7 @@ class Clock:
         self.calls += 1
         if not self.counts:
             self.step, found = 0, progress_at(sigma, self.schedule)
-        elif (step := self._begins_with(sigma, x)) is not None:
+        elif (step := self._begins_with(sigma)) is not None:
             self.step, self.begun, found = step, sigma, self.begins[step]
             self._compare(sigma)
         else:
@@ -156,9 +157,11 @@ class Clock:
         if self.back is None or number < self.back or total != self.total:
             self._count_anew(number)
         elif number == self.back:
+            self.twice = True
             return
         else:
             self.usual = math.ceil(self.calls / (number - self.back))
+        self.twice = False
         self.back, self.total, self.calls, self.latest = number, total, 0, latest if self.usual is None else None
         self._set_step(number + self.shift)
 
@@ -166,7 +169,8 @@ class Clock:
         """The first callback, or that of a further part of a chain of samplers, which counts from 0 again."""
         first = self.back is None
         self.late = self.late or (first and self.calls > 1)
-        self.step = max(self.step, bisect.bisect_right(self.begins, self.progress + _TOLERANCE) - 1)
+        if not first:
+            self.step = max(self.step, bisect.bisect_right(self.begins, self.progress + _TOLERANCE) - 1)
         self.shift = max(self.step - number, 0) if first else self.step - number
         self.usual = math.ceil(self.calls / (number + 1)) if self.late else None
 
@@ -179,7 +183,7 @@ class Clock:
                 self.begun = self.told
                 self._compare(self.told)
 
-    def _begins_with(self, sigma: float, x: torch.Tensor) -> int | None:
+    def _begins_with(self, sigma: float) -> int | None:
         """The step whose first call this is, if that is sure."""
         if self.step is None:
             return self.first if sigma > self.sigmas[self.first] / 2 else 0
@@ -187,6 +191,10 @@ class Clock:
             return None
         if self.late:
             return self._told_step(sigma) if self.calls == 1 else None
+        if self.twice and (ahead := self._told_step(sigma)) > self.step + 1:
+            # A chain of samplers whose first took one step.
+            self.shift, self.twice = self.shift + ahead - self.step - 1, False
+            return ahead
         if self.usual is None:
             return None
         # Some evaluate a step's beginning twice.

@@ -573,7 +573,7 @@ def _check_canvas(tree: Quadtree, latent: torch.Tensor, cell_px: int) -> None:
     if any(is_smaller) and any(is_larger):
         raise ValueError(f"{made}, which is another shape. Build the quadtree from the picture that you encode, after any crop or turn. {tiles}")
     if any(is_smaller):
-        raise ValueError(f"{made}, a part of it or a smaller version. {tiles} To sample a smaller version, scale the picture first and build the quadtree from that.")
+        raise ValueError(f"{made}, which is smaller: a part of it, or a smaller version. {tiles} To sample a smaller version, scale the picture first and build the quadtree from that.")
     lowest, highest = (
         [(length + margin) / picture for length, picture in ((height, tree.height), (width, tree.width))] for margin in (-cell_px, cell_px))
     if max(lowest) >= min(highest):

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtd_pack.denoise_schedule import SCHEDULES, eased, progress_at, share_at, txt2img_share_at
+from qtd_pack.denoise_schedule import SCHEDULES, Clock, eased, falling_part, on_steps, progress_at, share_at, txt2img_share_at
 
 STRENGTHS = torch.linspace(0, 1, 101)
 PROGRESS = [step / 20 for step in range(21)]
@@ -78,3 +78,84 @@ def test_strengths_ease_inside_the_leaf_that_changes_more(strengths, expected):
 def test_easing_over_no_cells_changes_nothing():
     strengths = torch.rand(8, 8)
     assert torch.equal(eased(strengths, 0), strengths)
+
+
+def steps_of(strength: float, steps: int) -> int:
+    value = on_steps("img2img", torch.tensor([strength]), steps)
+    return sum(int(share_at("img2img", value, step / steps)) for step in range(steps))
+
+
+@pytest.mark.parametrize("strength, steps, expected", [
+    (0.33, 3, 1), (0.67, 3, 2), (0.17, 6, 1), (0.83, 6, 5), (0.14, 7, 1), (0.13, 8, 1), (0.08, 12, 1), (0.92, 12, 11),
+    (191 / 255, 8, 6), (191 / 255, 4, 3), (127 / 255, 2, 1), (128 / 255, 2, 1), (85 / 255, 3, 1), (170 / 255, 3, 2), (64 / 255, 4, 1), (0.749, 8, 6), (0.753, 8, 6),
+    (0.5, 1, 0), (0.99, 1, 0), (1.0, 1, 1), (0.0, 8, 0), (0.001, 100, 0),
+])
+def test_a_strength_that_was_typed_or_painted_has_the_steps_that_were_meant(strength, steps, expected):
+    assert steps_of(strength, steps) == expected
+
+
+@pytest.mark.parametrize("steps", range(1, 51))
+def test_every_number_of_steps_can_be_typed_in_hundredths_and_painted_in_8_bits(steps):
+    for wanted in range(steps + 1):
+        assert steps_of(round(wanted / steps, 2), steps) == wanted
+        assert steps_of(round(255 * wanted / steps) / 255, steps) == wanted
+        assert steps_of(round(255 * round(wanted / steps, 2)) / 255, steps) in ([wanted] if steps <= 25 else [wanted - 1, wanted])
+
+
+@pytest.mark.parametrize("strength, steps, expected", [(0.33, 20, 6), (0.3, 4, 1), (0.49, 20, 9), (0.04, 20, 0), (0.6, 8, 4), (0.7, 3, 2), (0.65, 3, 1), (0.73, 8, 5), (0.333, 4, 1)])
+def test_a_strength_between_two_steps_has_the_fewer(strength, steps, expected):
+    assert steps_of(strength, steps) == expected
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8, 20, 100])
+def test_meant_strengths_keep_their_order_and_their_ends(steps):
+    found = on_steps("img2img", torch.linspace(0, 1, 4097), steps)
+    assert found[0] == 0 and found[-1] == 1 and bool((found.diff() >= 0).all())
+    assert (found - torch.linspace(0, 1, 4097)).abs().max() < 0.25 / steps + 1e-4
+
+
+@pytest.mark.parametrize("schedule", ["blend", "ramp"])
+def test_blend_and_ramp_use_every_strength_as_it_is(schedule):
+    assert torch.equal(on_steps(schedule, STRENGTHS, 8), STRENGTHS)
+
+
+@pytest.mark.parametrize("sigmas, expected", [
+    ((0.0, 1.0, 0.5, 0.0), (1.0, 0.5, 0.0)), ((0.2, 0.4, 1.0, 0.5, 0.0), (1.0, 0.5, 0.0)), ((1.0, 0.5, 0.0), (1.0, 0.5, 0.0)),
+    ((0.0, 0.5, 1.0), (0.0, 0.5, 1.0)), ((1.0, 1.0, 0.5), (1.0, 1.0, 0.5)), ((0.0,), (0.0,)), ((), ()),
+])
+def test_a_schedule_begins_at_its_largest_sigma(sigmas, expected):
+    assert falling_part(sigmas) == expected
+
+
+FALLING = (1.0, 0.8, 0.5, 0.3, 0.0)
+ANYTHING = torch.zeros(1, 4, 8, 8)
+
+
+def test_a_clock_without_callbacks_goes_by_the_sigmas_and_never_back():
+    clock = Clock(FALLING, FALLING)
+    assert [clock.call(sigma, ANYTHING) for sigma in (1.0, 0.9, 0.8, 0.9, 0.5, 0.42)] == pytest.approx([0, 0.125, 0.25, 0.25, 0.5, 0.6])
+    assert not clock.at_end
+    clock.call(0.3, ANYTHING)
+    assert clock.at_end
+
+
+def test_a_clock_goes_by_the_steps_that_it_is_told():
+    clock, found = Clock(FALLING, FALLING), []
+    for step, sigma in enumerate((0.9, 0.9, 0.4, 0.33)):
+        found.append(clock.call(sigma, ANYTHING))
+        clock.callback(step, 4)
+    assert found[0] == 0 and found[2:] == [0.5, 0.75] and clock.at_end
+
+
+def test_a_clock_of_a_part_of_the_schedule_begins_where_the_part_does():
+    clock = Clock(FALLING[2:], FALLING)
+    assert [clock.call(sigma, ANYTHING) for sigma in (0.5, 0.3)] == [0.5, 0.75]
+
+
+def test_a_clock_that_cannot_follow_the_steps_goes_by_the_sigmas():
+    clock = Clock(FALLING, FALLING)
+    found = []
+    for step, sigma in enumerate((1.0, 1.0, 1.0, 1.0, 0.5, 0.3)):
+        found.append(clock.call(sigma, ANYTHING))
+        clock.callback(step, 4)
+    assert found == sorted(found) and found[-1] == 0.75

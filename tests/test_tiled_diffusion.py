@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 
+import comfy.k_diffusion.sampling
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -10,6 +11,7 @@ import pytest
 import torch
 from sampling import SIDE_PX, calls_of, even_tree, load, patched, sample, striped_tree, with_prediction
 
+from qtd_pack.quadtree import Edit, Edits, adjust_quadtree, build_quadtree, edit_quadtree, quadtree_from_mask
 from qtd_pack.tiled_diffusion import KEY, TiledDiffusion
 
 FLUX = "flux_schnell"
@@ -262,9 +264,131 @@ def test_wrong_settings_are_named(settings, message):
         TiledDiffusion(even_tree(1.0), **settings)
 
 
-def test_a_tree_of_another_aspect_is_refused_when_sampled(model):
-    with pytest.raises(ValueError, match="quadtree: made for a picture of 384 x 256, but the latent or picture is 32 x 32, which is another aspect"):
-        sample(model, patched(model, even_tree(1.0, 256, 384)))
+MODEL_FROM_BEFORE = "tile upscalers, detailers.*give them the model from before Quadtree Tiled Diffusion"
+
+
+@pytest.mark.parametrize("height, width, message", [
+    (512, 512, "512 x 512 px, but what is to be sampled is 256 x 256 px, which is smaller: a part of it, or a smaller version.*" + MODEL_FROM_BEFORE),
+    (256, 384, "384 x 256 px, but what is to be sampled is 256 x 256 px, which is smaller.*" + MODEL_FROM_BEFORE),
+    (266, 256, "256 x 266 px, but what is to be sampled is 256 x 256 px, which is smaller.*" + MODEL_FROM_BEFORE),
+    (192, 384, "384 x 192 px, but what is to be sampled is 256 x 256 px, which is another shape.*after any crop or turn.*" + MODEL_FROM_BEFORE),
+    (128, 192, "192 x 128 px, but what is to be sampled is 256 x 256 px: enlarged 2.00 times in height and 1.33 times in width, which is another aspect.*Enlarge both"),
+])
+def test_a_latent_that_is_not_of_the_trees_picture_is_refused_in_pixels_before_anything_is_run(model, height, width, message):
+    plain = sample(model, model.patcher)
+    patcher = patched(model, even_tree(1.0, height, width))
+    with calls_of(patcher) as shapes, pytest.raises(ValueError, match=f"quadtree: made for a picture of {message}"):
+        sample(model, patcher)
+    assert shapes == []
+    assert torch.equal(sample(model, model.patcher), plain)
+
+
+@pytest.mark.parametrize("height, width", [(256, 256), (257, 263), (264, 264), (128, 128), (130, 128), (64, 64)])
+def test_a_latent_of_the_trees_picture_or_larger_is_sampled_also_if_it_was_cropped_to_cells(model, height, width):
+    assert sample(model, patched(model, even_tree(1.0, height, width))).isfinite().all()
+
+
+@pytest.mark.parametrize("name, cells", [("flux2", 16), ("radiance", 1), ("ltxv", 32), ("wan21_t2v", 8)])
+def test_the_size_in_pixels_is_that_of_the_models_cells(name, cells):
+    model = load(name)
+    assert model.cell_px == cells
+    assert sample(model, patched(model, even_tree(1.0)), steps=1).isfinite().all()
+    with pytest.raises(ValueError, match="made for a picture of 300 x 300 px, but what is to be sampled is 256 x 256 px"):
+        sample(model, patched(model, even_tree(1.0, 300, 300)), steps=1)
+
+
+TREES_OF_A_STRENGTH = {
+    "mask": lambda strength: quadtree_from_mask(torch.full((1, SIDE_PX, SIDE_PX), strength)),
+    "8-bit mask": lambda strength: quadtree_from_mask((torch.full((1, SIDE_PX, SIDE_PX), strength) * 255).round() / 255),
+    "image": lambda strength: build_quadtree(torch.zeros(1, SIDE_PX, SIDE_PX, 3), min_denoise=strength),
+    "busy image": lambda strength: build_quadtree(torch.rand(1, SIDE_PX, SIDE_PX, 3), detail_budget=0.0, content_threshold=0.0, max_denoise=strength),
+    "range": lambda strength: adjust_quadtree(even_tree(0.5), min_denoise=2 * strength - 1, max_denoise=1.0),
+    "gamma": lambda strength: adjust_quadtree(even_tree(round(strength ** 0.5, 3)), gamma=2.0),
+    "edits": lambda strength: edit_quadtree(even_tree(0.0), Edits(SIDE_PX, SIDE_PX, (Edit(0, 0, SIDE_PX, strength),))),
+}
+
+
+@pytest.mark.parametrize("tree_of", TREES_OF_A_STRENGTH.values(), ids=TREES_OF_A_STRENGTH)
+@pytest.mark.parametrize("strength, steps, sampled", [(0.75, 8, 6), (0.67, 3, 2), (0.83, 6, 5)])
+@pytest.mark.parametrize("name", ["flux_schnell", "sd15", "wan21_t2v"])
+def test_a_strength_that_was_meant_is_the_hosts_sampler_started_at_its_step(name, strength, steps, sampled, tree_of):
+    model = load(name)
+    latent = model.latent(SIDE_PX, SIDE_PX)
+    noise = comfy.sample.prepare_noise(latent, 5)
+    # At its largest sigma the host scales the noise of these models by sqrt(1 + sigma^2), not by sigma.
+    largest = float(model.patcher.get_model_object("model_sampling").sigma_max)
+    more = (1 + largest ** 2) ** 0.5 / largest if name == "sd15" else 1.0
+    plain = sample(model, model.patcher, latent, noise=noise * more, steps=steps, start_step=steps - sampled)
+    out = sample(model, patched(model, tree_of(strength), min_window=1024, max_window=1024), latent, noise=noise, steps=steps)
+    assert (out - plain).abs().max() < 1e-4 * plain.std().clamp_min(1)
+
+
+def warnings_of(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.endswith("tiled_diffusion") and record.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("strengths, steps, line, warning", [
+    ((0.5, 0.5), 1, "100 % of the picture kept exactly", "100 % of what was to change did not change at all: 1 step is too few for strengths below 1.00. Use more steps"),
+    ((0.4, 0.6), 2, "53 % of the picture kept exactly", None),
+    ((0.2, 0.2, 0.2, 1.0), 4, "75 % of the picture kept exactly", "75 % of what was to change did not change at all: 4 steps are too few for strengths below 0.25. Use more steps"),
+    ((0.0, 0.0, 0.0, 1.0), 4, "75 % of the picture kept exactly", None),
+    ((0.5, 1.0), 2, "0 % of the picture kept exactly", None),
+])
+@pytest.mark.parametrize("name", ["flux_schnell", "sd15"])
+def test_with_few_steps_the_line_counts_what_was_never_sampled_and_a_warning_says_what_did_not_change(name, strengths, steps, line, warning, caplog):
+    caplog.set_level(logging.INFO)
+    model = load(name)
+    tree = striped_tree(*strengths, leaf=SIDE_PX // len(strengths))
+    latent = model.latent(SIDE_PX, SIDE_PX)
+    out = sample(model, patched(model, tree), latent, steps=steps)
+    assert line in caplog.text
+    kept = (out == latent).all(1).double().mean()
+    assert f"{100 * kept:.0f} % of" in line
+    assert len(warnings_of(caplog)) == (warning is not None)
+    assert warning is None or warnings_of(caplog)[0].startswith(warning)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpm_fast", "dpm_adaptive", "uni_pc"])
+def test_what_was_never_sampled_is_kept_bit_for_bit(model, sampler):
+    latent = model.latent(SIDE_PX, SIDE_PX)
+    assert torch.equal(sample(model, patched(model, even_tree(0.2)), latent, steps=4, sampler=sampler), latent)
+
+
+@pytest.mark.parametrize("schedule", ["blend", "ramp"])
+def test_blend_and_ramp_change_everything_in_one_step(model, schedule, caplog):
+    caplog.set_level(logging.INFO)
+    sample(model, patched(model, striped_tree(0.1, 0.5), schedule=schedule), steps=1)
+    assert "0 % of the picture kept exactly" in caplog.text
+    assert warnings_of(caplog) == []
+
+
+def test_a_run_that_ends_before_its_leaves_begin_says_so(model, caplog):
+    """The whole schedule is wired, but nothing follows: the last sigma of the stage is 0."""
+    sigmas = torch.linspace(1, 0, 9)
+    latent = model.latent(SIDE_PX, SIDE_PX)
+
+    def stopping(net, x, sigmas, **options):
+        return comfy.k_diffusion.sampling.sample_euler(net, x, sigmas[:3], **options)
+    patcher = patched(model, striped_tree(0.5, 0.5))
+    comfy.sample.sample_custom(
+        patcher, comfy.sample.prepare_noise(latent, 5), 1.0, comfy.samplers.KSAMPLER(stopping), sigmas, model.positive(SIDE_PX, SIDE_PX),
+        model.negative(SIDE_PX, SIDE_PX), latent, disable_pbar=True)
+    assert any("100 % of what was to change did not change at all: the sampler ended before their first step" in line for line in warnings_of(caplog))
+
+
+def test_a_first_stage_of_several_does_not_complain_of_leaves_that_begin_later(model, caplog):
+    sigmas = torch.linspace(1, 0, 9)
+    sample(model, patched(model, striped_tree(0.2, 0.3), sigmas=sigmas), steps=8, last_step=4)
+    assert warnings_of(caplog) == []
+
+
+def test_a_latent_that_looks_half_sampled_is_not_taken_for_an_original_in_silence(caplog):
+    model = load("sd15")
+    first = sample(model, patched(model, striped_tree(0.0, 1.0)), steps=8, last_step=3)
+    assert warnings_of(caplog) == []
+    sample(model, patched(model, striped_tree(0.0, 1.0)), first, steps=8, start_step=3)
+    assert len(warnings_of(caplog)) == 1
+    assert "looks half-sampled" in warnings_of(caplog)[0] and "Connect the encoded picture to `original`" in warnings_of(caplog)[0]
 
 
 def test_a_run_tells_how_far_a_step_is_and_in_the_end_what_it_did(model, monkeypatch):

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import logging
-import math
 
 import comfy.k_diffusion.sampling as k_diffusion
 import comfy.sample
@@ -83,8 +82,8 @@ def varying(sigmas, factors):
     return lambda sigma: factors[min(range(len(sigmas) - 1), key=lambda step: abs(float(sigmas[step]) - sigma)) % len(factors)]
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral", "lms"])
-@pytest.mark.parametrize("factor", [1.0, 0.95, 1.05, 0.8, 1.3])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral"])
+@pytest.mark.parametrize("factor", [0.95, 1.05, 0.8])
 @every_family
 def test_a_sampler_that_tells_another_sigma_gives_every_leaf_its_steps(name, factor, sampler):
     model, seen = load(name), []
@@ -92,8 +91,8 @@ def test_a_sampler_that_tells_another_sigma_gives_every_leaf_its_steps(name, fac
     assert_every_leaf_has_its_steps(model, seen)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "res_multistep"])
-@pytest.mark.parametrize("factors", [(1.0, 1.05), (1.1, 0.9, 1.0), (0.8, 0.95, 1.1, 1.2), (1.0, 1.0, 0.7)])
+@pytest.mark.parametrize("sampler", ["euler", "res_multistep"])
+@pytest.mark.parametrize("factors", [(1.0, 1.05), (0.8, 0.95, 1.1, 1.2), (1.0, 1.0, 0.7)])
 @every_family
 def test_a_sigma_that_is_told_otherwise_from_step_to_step_does_not_matter(name, factors, sampler):
     model, seen = load(name), []
@@ -102,8 +101,8 @@ def test_a_sigma_that_is_told_otherwise_from_step_to_step_does_not_matter(name, 
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_sde", "seeds_3", "heunpp2", "sa_solver_pece"])
-@pytest.mark.parametrize("factor", [1.0, 0.95, 1.05])
-@every_family
+@pytest.mark.parametrize("factor", [1.0, 0.95])
+@pytest.mark.parametrize("name", ["flux_schnell", "sd15"])
 def test_samplers_of_several_stages_begin_a_leaf_with_its_step(name, factor, sampler):
     """The stage at a step's end may have begun it, but no stage before."""
     model, seen = load(name), []
@@ -186,7 +185,7 @@ class StoppingClass(comfy.samplers.Sampler):
 stopped = pytest.mark.parametrize("sampler", [stopping_after, lambda steps: stopping_after(steps, calls_back=False), StoppingClass], ids=["function", "no callback", "class"])
 
 
-@pytest.mark.parametrize("steps", [1, 4, STEPS - 1])
+@pytest.mark.parametrize("steps", [1, STEPS - 1])
 @stopped
 @every_family
 def test_a_sampler_that_stops_early_keeps_its_noise_where_the_strength_is_0(name, sampler, steps, caplog):

@@ -309,8 +309,7 @@ TREES_OF_A_STRENGTH = {
 
 
 @pytest.mark.parametrize("tree_of", TREES_OF_A_STRENGTH.values(), ids=TREES_OF_A_STRENGTH)
-@pytest.mark.parametrize("strength, steps, sampled", [(0.75, 8, 6), (0.67, 3, 2), (0.83, 6, 5)])
-@pytest.mark.parametrize("name", ["flux_schnell", "sd15", "wan21_t2v"])
+@pytest.mark.parametrize("name, strength, steps, sampled", [("flux_schnell", 0.75, 8, 6), ("sd15", 0.67, 3, 2), ("wan21_t2v", 0.83, 6, 5)])
 def test_a_strength_that_was_meant_is_the_hosts_sampler_started_at_its_step(name, strength, steps, sampled, tree_of):
     model = load(name)
     latent = model.latent(SIDE_PX, SIDE_PX)

@@ -212,10 +212,13 @@ class Clock:
         if self.latest is None or self.latest[0].shape != x.shape:
             return False
         before, denoised = self.latest
-        direction = before - denoised
-        left = float(((x - denoised) * direction).sum() / direction.square().sum().clamp_min(1e-12))
+        direction, reached = before - denoised, x - denoised
+        length = float(direction.square().sum())
+        left = float((reached * direction).sum()) / max(length, 1e-12)
         here, below = self.sigmas[self.step:self.step + 2]
-        return abs(left * here - below) < 0.01 * (here - below)
+        # On the way there, with no noise of the sampler's own beside it.
+        beside = float((reached - left * direction).square().sum())
+        return abs(left * here - below) < 0.01 * (here - below) and beside < 1e-4 * length
 
     def _within(self, sigma: float, x: torch.Tensor) -> float:
         """By its sigma, as the sampler tells sigmas, between the steps that are known to have begun and not to have."""

@@ -5,8 +5,6 @@ every step, and a larger d never gives less.
 """
 from __future__ import annotations
 
-import bisect
-import itertools
 import math
 
 import torch
@@ -116,7 +114,7 @@ class Clock:
         self.sigmas, self.schedule, self.counts = sigmas, schedule, counts
         self.first = len(sigmas) - len(falling_part(sigmas))
         found = [progress_at(sigma, schedule) for sigma in sigmas[self.first:]]
-        self.begins = (found[0],) * self.first + tuple(itertools.accumulate(found, max))
+        self.begins = (found[0],) * self.first + tuple(max(found[:step + 1]) for step in range(len(found)))
         self.progress = self.begins[0]
         self.step: int | None = None  # the step of the last call
         self.back: int | None = None  # the number that was last called back with, and how many steps there were said to be
@@ -170,7 +168,7 @@ class Clock:
         first = self.back is None
         self.late = self.late or (first and self.calls > 1)
         if not first:
-            self.step = max(self.step, bisect.bisect_right(self.begins, self.progress + _TOLERANCE) - 1)
+            self.step = max(self.step, sum(begin <= self.progress + _TOLERANCE for begin in self.begins) - 1)
         self.shift = max(self.step - number, 0) if first else self.step - number
         self.usual = math.ceil(self.calls / (number + 1)) if self.late else None
 

@@ -368,7 +368,7 @@ def strength_raster(tree: Quadtree, height: int, width: int, cell_px: int = 1) -
     if spans is None:
         px = f": it is of one of {width * cell_px} x {height * cell_px} px" if cell_px > 1 else ""
         raise ValueError(
-            f"quadtree: made for a picture of {tree.width} x {tree.height}, but the latent or picture is {width} x {height}, which is another aspect{px}. {_way_to_the_tree(tree)}")
+            f"quadtree: made for a picture of {tree.width} x {tree.height}, but the latent or picture is {width} x {height}, which is another aspect{px}. {way_to_the_tree(tree)}")
     return _raster(tree, *(span.px((torch.arange(cells, dtype=torch.float64) + 0.5) * cell_px) for span, cells in zip(spans, (height, width))))
 
 
@@ -472,11 +472,11 @@ def _placement_of(tree: Quadtree, height: int, width: int, cell_px: int = 1) -> 
     return placed
 
 
-def _way_to_the_tree(tree: Quadtree) -> str:
+def way_to_the_tree(tree: Quadtree) -> str:
     """What to do about a tree of another picture."""
     if (tree.height, tree.width) == (UNPAINTED_PX, UNPAINTED_PX):
         return f"{UNPAINTED_PX} x {UNPAINTED_PX} is the mask that Load Image gives where nothing was painted: paint in its mask editor, or make the quadtree from the picture."
-    return "Build the quadtree from the picture that you encode, after any crop."
+    return "Build the quadtree from the picture that you encode, after any crop or turn."
 
 
 def _simple_scales(size: tuple[int, int], part: tuple[int, int]) -> list[float]:
@@ -601,7 +601,7 @@ def _placement_of_pictures(tree: Quadtree, original: torch.Tensor, image: torch.
     if spans is None:
         raise ValueError(
             f"quadtree: made for a picture of {tree.width} x {tree.height} px, but image is {sizes[1][1]} x {sizes[1][0]} and original {sizes[0][1]} x {sizes[0][0]}, "
-            f"which is another aspect. Connect the quadtree that was sampled with. {_way_to_the_tree(tree)}")
+            f"which is another aspect. Connect the quadtree that was sampled with. {way_to_the_tree(tree)}")
     return spans
 
 

@@ -30,7 +30,7 @@ from .conditioning import REFERENCES, cut_conds, kind_of_window
 from .control import check_controls
 from .denoise_schedule import EASE_CELLS, SCHEDULES, Clock, eased, falling_part, on_steps, share_at, txt2img_share_at
 from .patches import apply_model, windows_are_alone, with_windows
-from .quadtree import Quadtree, strength_raster
+from .quadtree import Quadtree, find_placement, strength_raster, way_to_the_tree
 from .windows import (
     METHODS, SHIFTS, Blend, TilePlan, WindowCost, WindowSizes, full_grid, group_windows, plan_blend, plan_windows, shift_offsets, slices, window_sizes)
 
@@ -301,7 +301,8 @@ class Run:
         """The run's one line, in the log and on the node."""
         if not self.calls:
             return
-        kept = float(self.unsampled(self.strengths).double().mean()) if self.original is not None else 0.0
+        # By leaves: at the border of one, strengths ease, and the least of them may have no step.
+        kept = float(self.unsampled(self.leaf_strengths).double().mean()) if self.original is not None else 0.0
         line = (
             f"{self.windows} windows over {len(self.schedule) - 1} steps, {self.cost / self.grid_cost:.2f} of the cost of the full grid's {self.grid_windows}; "
             f"{100 * kept:.0f} % of the picture {'kept exactly' if self.is_restored or not kept else 'not sampled'}")
@@ -566,20 +567,19 @@ def _has_own_steps(sampler) -> bool:
 def _check_canvas(tree: Quadtree, latent: torch.Tensor, cell_px: int) -> None:
     """Raise ValueError unless the latent is of the tree's picture, as large or larger; pictures are cropped to whole cells."""
     height, width = (cells * cell_px for cells in latent.shape[-2:])
+    if tree.kept_share == 1:
+        return  # an empty mask knows no size
     made = f"quadtree: made for a picture of {tree.width} x {tree.height} px, but what is to be sampled is {width} x {height} px"
     tiles = "Nodes that sample a part at a time (tile upscalers, detailers) cannot use this tree: give them the model from before Quadtree Tiled Diffusion."
-    is_smaller = [picture - length > cell_px for length, picture in ((height, tree.height), (width, tree.width))]
-    is_larger = [length - picture > cell_px for length, picture in ((height, tree.height), (width, tree.width))]
-    if any(is_smaller) and any(is_larger):
-        raise ValueError(f"{made}, which is another shape. Build the quadtree from the picture that you encode, after any crop or turn. {tiles}")
-    if any(is_smaller):
+    missing = tree.height - height, tree.width - width
+    if max(missing) > cell_px and min(missing) < -cell_px:
+        raise ValueError(f"{made}, which is another shape. {way_to_the_tree(tree)} {tiles}")
+    if max(missing) > cell_px:
         raise ValueError(f"{made}, which is smaller: a part of it, or a smaller version. {tiles} To sample a smaller version, scale the picture first and build the quadtree from that.")
-    lowest, highest = (
-        [(length + margin) / picture for length, picture in ((height, tree.height), (width, tree.width))] for margin in (-cell_px, cell_px))
-    if max(lowest) >= min(highest):
+    if find_placement((tree.height, tree.width), (height, width), cell_px) is None:
         raise ValueError(
             f"{made}: enlarged {height / tree.height:.2f} times in height and {width / tree.width:.2f} times in width, which is another aspect. "
-            f"Enlarge both sides alike, or build the quadtree from the picture that you encode, after any crop. {tiles}")
+            f"Enlarge both sides alike. {way_to_the_tree(tree)} {tiles}")
 
 
 def _check_guidance(model_options, run: Run) -> None:

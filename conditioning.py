@@ -19,12 +19,12 @@ import comfy.conds
 import comfy.samplers
 import comfy.utils
 
-from .canvas import Canvas, common_part, cut_rows, in_units_of, moved_to, passes_whole
+from .canvas import Canvas, common_part, cut_rows, in_units_of, moved_to, parts_in_window, passes_whole
 from .control import counts_rows, cut_control
 from .masks import cut_attention
 from .patches import bring_patches
 from .quadtree import Rect
-from .windows import slices
+from .windows import cut
 
 # A conditioning of another size than the latent's is enlarged this often, if window borders run through its cells.
 FINEST_SPLIT = 8
@@ -32,81 +32,85 @@ FINEST_SPLIT = 8
 
 def cut_conds(conds: Sequence[list[dict] | None], rects: Sequence[Rect], canvas: Canvas) -> list[list[dict] | None]:
     """Cut every conditioning to a batch of windows of one shape and one kind (see kind_of_window)."""
-    return [None if entries is None else [_cut_entry(entry, rects, canvas) for entry in entries if _meets(entry, rects[0])] for entries in conds]
+    return [None if entries is None else [part for entry in entries for part in _cut_entry(entry, rects, canvas)] for entries in conds]
 
 
-def kind_of_window(conds: Sequence[list[dict] | None], rect: Rect) -> Hashable:
-    """Windows of one kind may share a batch: the host takes one area, and one set of boxes, per conditioning and batch."""
-    return tuple(_kind_of_entry(entry, rect) for entries in conds if entries is not None for entry in entries)
+def kind_of_window(conds: Sequence[list[dict] | None], rect: Rect, size: tuple[int, int]) -> Hashable:
+    """Windows of one kind may share a batch: the host takes one area, and one set of boxes, per conditioning and batch.
+
+    size: (height, width) of the canvas.
+    """
+    return tuple(_kind_of_entry(entry, rect, size) for entries in conds if entries is not None for entry in entries)
 
 
-def _meets(entry: dict, rect: Rect) -> bool:
-    return "area" not in entry or _area_in_window(entry["area"], rect) is not None
-
-
-def _kind_of_entry(entry: dict, rect: Rect) -> Hashable:
-    area = _area_in_window(entry["area"], rect) if "area" in entry else None
-    if "area" in entry and area is None:
+def _kind_of_entry(entry: dict, rect: Rect, size: tuple[int, int]) -> Hashable:
+    parts = [part for part, _ in _parts_of_entry(entry, rect, size)]
+    if not parts:
         return None
-    boxes = [(id(text), *place) for text, *place in _boxes_in_window(entry, rect)] if "gligen" in entry else []
+    boxes = [(id(text), *place) for part in parts for text, *place in _boxes_in_window(entry, rect, part, size)] if "gligen" in entry else []
     # The guides of LTX-Video are described for a whole batch by one list, and other packs may take rows for images.
     is_alone = "keyframe_idxs" in entry["model_conds"] or counts_rows(entry.get("control")) or bring_patches(entry.get("hooks"))
-    alone = rect if is_alone else None
-    return area, tuple(boxes), alone
+    return tuple(parts) if "area" in entry else (), tuple(boxes), rect if is_alone else None
 
 
-def _cut_entry(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
-    """One conditioning for a batch of windows that its area meets."""
-    # Caches of other nodes are keyed on this: it has to name the windows, too, and stay the same at every step.
-    cut = entry | {"uuid": uuid.uuid5(entry["uuid"], repr(rects))}
-    for key, rule in RULES_OF_ENTRIES.items():
-        if key in entry:
-            cut |= rule(entry, rects, canvas)
-    return cut
+def _parts_of_entry(entry: dict, rect: Rect, size: tuple[int, int]) -> list[tuple[Rect, Rect]]:
+    """The parts of its area, or of the whole, in a window; see parts_in_window. The host takes each for a conditioning of its own."""
+    return parts_in_window(_rect_of_area(entry["area"]) if "area" in entry else Rect(0, 0, *size), rect, size)
 
 
-def _cut_area(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
+def _cut_entry(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> list[dict]:
+    """One conditioning for a batch of windows: once for each part of its area that they show."""
+    found = []
+    for index, (part, _) in enumerate(_parts_of_entry(entry, rects[0], canvas.size)):
+        # Caches of other nodes are keyed on this: it has to name the windows, too, and stay the same at every step.
+        cut_one = entry | {"uuid": uuid.uuid5(entry["uuid"], repr((rects, index) if index else rects))}
+        for key, rule in RULES_OF_ENTRIES.items():
+            if key in entry:
+                cut_one |= rule(entry, rects, canvas, index)
+        found.append(cut_one)
+    return found
+
+
+def _cut_area(entry: dict, rects: Sequence[Rect], canvas: Canvas, index: int) -> dict:
     """The area inside the windows, and its feathered weight as a mask, which replaces the host's own feathering."""
-    cut = {"area": _area_in_window(entry["area"], rects[0])}
+    area = {"area": _area_in_window(entry, rects[0], canvas, index)}
     if "mask" in entry:
-        return cut
-    return cut | {"mask": cut_rows(_area_weight(entry["area"], canvas), rects, canvas.rows), "mask_strength": 1.0}
+        return area
+    return area | {"mask": cut_rows(_area_weight(entry["area"], canvas), rects, canvas.rows), "mask_strength": 1.0}
 
 
-def _cut_mask(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
+def _cut_mask(entry: dict, rects: Sequence[Rect], canvas: Canvas, index: int) -> dict:
     return {"mask": cut_rows(entry["mask"], rects, canvas.rows)}
 
 
-def _cut_gligen(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
+def _cut_gligen(entry: dict, rects: Sequence[Rect], canvas: Canvas, index: int) -> dict:
     """The boxes inside the windows, which may be none."""
-    return {"gligen": (*entry["gligen"][:2], _boxes_in_window(entry, rects[0]))}
+    part, _ = _parts_of_entry(entry, rects[0], canvas.size)[index]
+    return {"gligen": (*entry["gligen"][:2], _boxes_in_window(entry, rects[0], part, canvas.size))}
 
 
-def _cut_entry_control(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
+def _cut_entry_control(entry: dict, rects: Sequence[Rect], canvas: Canvas, index: int) -> dict:
     """The host scales a hint to what it samples: to an area, where there is one."""
     place = Rect(0, 0, *canvas.size)
     if "area" in entry:
         place = common_part(_rect_of_area(entry["area"]), place)
-    return {"control": cut_control(entry["control"], rects, place, canvas)}
+    return {"control": cut_control(entry["control"], rects, place, canvas, index)}
 
 
-def _cut_model_conds(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
+def _cut_model_conds(entry: dict, rects: Sequence[Rect], canvas: Canvas, index: int) -> dict:
     conds = entry["model_conds"]
     if "vinput_mask" in conds:
-        return {"model_conds": _laid_out_for_window(entry, rects, canvas)}
+        return {"model_conds": _laid_out_for_window(entry, rects, canvas, index)}
     return {"model_conds": {key: _cut_cond(key, cond, rects, canvas) for key, cond in conds.items()}}
 
 
 RULES_OF_ENTRIES = {"area": _cut_area, "mask": _cut_mask, "gligen": _cut_gligen, "control": _cut_entry_control, "model_conds": _cut_model_conds}
 
 
-def _area_in_window(area: tuple[int, ...], rect: Rect) -> tuple[int, ...] | None:
-    """The part of an area (sizes, then offsets) inside a window, in the window's cells; None if there is none."""
+def _area_in_window(entry: dict, rect: Rect, canvas: Canvas, index: int) -> tuple[int, ...]:
+    """One part of an area (sizes, then offsets) inside a window, in the window's cells."""
+    area, (part, _) = entry["area"], _parts_of_entry(entry, rect, canvas.size)[index]
     dims = len(area) // 2
-    part = common_part(_rect_of_area(area), rect)
-    if part is None:
-        return None
-    part = moved_to(part, rect)
     return (*area[:dims - 2], part.height, part.width, *area[dims:-2], part.top, part.left)
 
 
@@ -123,33 +127,52 @@ def _area_weight(area: tuple[int, ...], canvas: Canvas) -> torch.Tensor:
     """
     key = "area", area, canvas.shape[2:]
     if key not in canvas.prepared:
-        like = torch.ones(1, 1, *canvas.shape[2:], device=canvas.device)
-        found = comfy.samplers.get_area_and_mult({"area": area, "model_conds": {}, "uuid": None}, like, None)
+        around, inner = _clear_of_borders(area, canvas)
+        like = torch.ones(1, 1, *canvas.shape[2:-2], *around, device=canvas.device)
+        found = comfy.samplers.get_area_and_mult({"area": inner, "model_conds": {}, "uuid": None}, like, None)
         weight = part = torch.zeros_like(like)[0]
         for dim in range(part.ndim - 1):
             part = part.narrow(dim + 1, found.area[part.ndim - 1 + dim], found.area[dim])
         part += found.mult[0]
+        for dim, length, whole in zip((-2, -1), canvas.size, around):
+            weight = weight.narrow(dim, (whole - length) // 2, length)
         canvas.prepared[key] = weight
     return canvas.prepared[key]
 
 
-def _boxes_in_window(entry: dict, rect: Rect) -> list[tuple]:
+def _clear_of_borders(area: tuple[int, ...], canvas: Canvas) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """The height and width of a canvas, and the area in it, with a cell beyond each border that does not end the picture.
+
+    The host feathers no edge on a border. Where the picture goes on there, an edge is one like any other, unless the area goes on, too.
+    """
+    inner, around = list(area), []
+    for place, wraps in enumerate(canvas.wraps, len(area) // 2 - 2):
+        start, length = area[place + len(area) // 2], canvas.size[len(around)]
+        inner[place] = min(area[place], length - start)
+        margin = int(wraps and inner[place] < length)
+        inner[place + len(area) // 2] += margin
+        around.append(length + 2 * margin)
+    return tuple(around), tuple(inner)
+
+
+def _boxes_in_window(entry: dict, rect: Rect, part: Rect, size: tuple[int, int]) -> list[tuple]:
     """GLIGEN's boxes (embedding, height, width, top, left), moved and clipped to the part of the window that its area leaves."""
-    area = _rect_of_area(entry["area"]) if "area" in entry else Rect(0, 0, rect.bottom, rect.right)
-    seen = common_part(area, rect)
+    corner = _rect_of_area(entry["area"]) if "area" in entry else Rect(0, 0, 0, 0)
     found = []
     for embedding, height, width, top, left in entry["gligen"][2]:
         # The host counts boxes from the area's corner.
-        part = common_part(Rect(top + area.top, left + area.left, top + area.top + height, left + area.left + width), seen)
-        if part is not None:
-            part = moved_to(part, seen)
-            found.append((embedding, part.height, part.width, part.top, part.left))
+        top, left = top + corner.top, left + corner.left
+        for box, _ in parts_in_window(Rect(top, left, top + height, left + width), rect, size):
+            box = common_part(box, part)
+            if box is not None:
+                box = moved_to(box, part)
+                found.append((embedding, box.height, box.width, box.top, box.left))
     return found
 
 
-def _laid_out_for_window(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> dict:
+def _laid_out_for_window(entry: dict, rects: Sequence[Rect], canvas: Canvas, index: int) -> dict:
     """HiDream-O1's conditioning lists the tokens of a picture of one size, so its model has to list the window's."""
-    area = _area_in_window(entry["area"], rects[0]) if "area" in entry else None
+    area = _area_in_window(entry, rects[0], canvas, index) if "area" in entry else None
     size = rects[0].height, rects[0].width
     key = "layout", entry["uuid"], size, area
     if key not in canvas.prepared:
@@ -226,8 +249,12 @@ def _keyframes(value: torch.Tensor, rects: Sequence[Rect], canvas: Canvas) -> to
     if value.shape[2] % (height * width):
         return None
     rect, scales = rects[0], canvas.model.diffusion_model.vae_scale_factors
-    tokens = value.unflatten(2, (-1, height, width))[:, :, :, rect.top:rect.bottom, rect.left:rect.right].flatten(2, 4)
-    return tokens - torch.tensor([0, rect.top * scales[1], rect.left * scales[2]], device=value.device).view(1, 3, 1, 1)
+    rows, cols = (torch.arange(start, end, device=value.device) for start, end in ((rect.top, rect.bottom), (rect.left, rect.right)))
+    tokens = value.unflatten(2, (-1, height, width))[:, :, :, rows[:, None] % height, cols % width]
+    # Over the border px go on: what lies before 0 is at the end of the latent.
+    tokens[:, 1] -= ((rows // height * -height + rect.top) * scales[1]).view(-1, 1, 1)
+    tokens[:, 2] -= ((cols // width * -width + rect.left) * scales[2]).view(-1, 1)
+    return tokens.flatten(2, 4)
 
 
 def _guide_in_window(guide: dict, rect: Rect, canvas: Canvas) -> dict:
@@ -236,14 +263,14 @@ def _guide_in_window(guide: dict, rect: Rect, canvas: Canvas) -> dict:
     frames, rows, cols = guide["latent_shape"]
     down, across = height // rows, width // cols
     part = Rect(math.ceil(rect.top / down), math.ceil(rect.left / across), math.ceil(rect.bottom / down), math.ceil(rect.right / across))
-    cut = guide | {
+    found = guide | {
         "pre_filter_count": guide["pre_filter_count"] // (height * width) * rect.height * rect.width,
         "latent_shape": [frames, part.height, part.width]}
     if guide.get("pixel_mask") is not None:
         mask = guide["pixel_mask"]
         small = torch.nn.functional.interpolate(mask.flatten(0, 1), (rows, cols), mode="area")
-        cut["pixel_mask"] = small.unflatten(0, mask.shape[:2])[slices(part)]
-    return cut
+        found["pixel_mask"] = cut(small.unflatten(0, mask.shape[:2]), part)
+    return found
 
 
 RULES_OF_CONDS = {

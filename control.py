@@ -21,7 +21,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 
-from .canvas import Canvas, common_part, cut_rows, in_units_of, moved_to, passes_whole, run_alone, scaled
+from .canvas import Canvas, cut_padded, cut_rows, in_units_of, parts_in_window, passes_whole, run_alone, scaled
 from .copies import Copies, reachable
 from .masks import View, cut_to, empty_caches, is_hint, is_mask
 from .quadtree import Rect
@@ -38,17 +38,18 @@ NOT_IN_WINDOWS = frozenset({
 MODELS = (
     torch.Tensor, torch.nn.Module, comfy.model_patcher.ModelPatcher, comfy.sd.VAE, comfy.sd.CLIP, comfy.latent_formats.LatentFormat, comfy.hooks.HookGroup)
 
-def cut_control(control, rects: Sequence[Rect], place: Rect, canvas: Canvas):
+def cut_control(control, rects: Sequence[Rect], place: Rect, canvas: Canvas, index: int = 0):
     """The control that a batch of windows gets.
 
-    place: the cells that its hint covers. The same copy for the same windows: the host lets cond and uncond share a batch
-    only if they have one control. Raises ValueError as check_controls does.
+    place: the cells that its hint covers. index: which of its parts in the windows, where they show several. The same
+    copy for the same windows: the host lets cond and uncond share a batch only if they have one control. Raises
+    ValueError as check_controls does.
     """
-    key = "controls", tuple(rects), place
+    key = "controls", tuple(rects), place, index
     if counts_rows(control):
         run_alone(canvas, f"control {type(control).__name__}")
     if key not in canvas.copies:
-        parts = tuple(moved_to(common_part(rect, place), place) for rect in rects)
+        parts = tuple(parts_in_window(place, rect, canvas.size)[index][1] for rect in rects)
         canvas.copies[key] = _copies(View(parts, (place.height, place.width), canvas))
     return _copy_of(control, canvas.copies[key])
 
@@ -151,7 +152,7 @@ def _cut_hint(part, view: View) -> None:
     if part.vae is not None:
         latent = _whole_latent(part, whole, canvas)
         part.vae = _EncodedHint(part.vae, cell_px // element, cut_rows(latent, in_units_of(latent, rects, element, element), canvas.rows))
-    part.cond_hint_original = cut_rows(whole, in_units_of(whole, rects, cell_px, cell_px, unshuffle), canvas.rows)
+    part.cond_hint_original = cut_padded(whole, rects, size, cell_px, unshuffle, canvas.rows)
     concat = [scaled(value, size[0] * element, size[1] * element, part.upscale_algorithm) for value in part.extra_concat_orig]
     part.extra_concat_orig = [cut_rows(value, in_units_of(value, rects, element, element), canvas.rows) for value in concat]
 

@@ -55,17 +55,25 @@ def on_steps(schedule: str, strength: torch.Tensor, steps: int) -> torch.Tensor:
     return torch.where(meant, above.to(strength.dtype), strength)
 
 
-def eased(strength: torch.Tensor, cells: int) -> torch.Tensor:
+def eased(strength: torch.Tensor, cells: int, wraps: tuple[bool, bool] = (False, False)) -> torch.Tensor:
     """Let the strength rise evenly over so many cells at every border, whatever the height of the step.
 
     strength: (height, width). The rise lies in the leaf that changes more: no strength is raised, 0 stays 0, and what
     is `cells` away from every weaker cell is as it was. A step between two strengths shows as a line in the result.
+    wraps: along which axes, (down, across), the first cells are neighbours of the last.
     """
     rising = strength
     for distance in range(1, cells):
-        weakest = -F.max_pool2d(-strength[None], 2 * distance + 1, stride=1, padding=distance)[0]
+        weakest = -F.max_pool2d(-_with_neighbours(strength, distance, wraps)[None], 2 * distance + 1, stride=1)[0]
         rising = torch.minimum(rising, torch.lerp(weakest, strength, distance / cells))
     return rising
+
+
+def _with_neighbours(strength: torch.Tensor, cells: int, wraps: tuple[bool, bool]) -> torch.Tensor:
+    """The strengths and so many cells around: those at the other end, or the nearest ones again."""
+    places = (torch.arange(-cells, length + cells, device=strength.device) for length in strength.shape)
+    rows, cols = (place % length if ring else place.clamp(0, length - 1) for place, length, ring in zip(places, strength.shape, wraps))
+    return strength[rows][:, cols]
 
 
 def txt2img_share_at(strength: torch.Tensor, progress: float, steps: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from . import preview
 from . import quadtree as trees
 from .denoise_schedule import SCHEDULES
 from .tiled_diffusion import TiledDiffusion, check_windows
-from .windows import METHODS, SHIFTS
+from .windows import METHODS, SHIFTS, WRAPS
 
 CATEGORY = "quadtree tiled diffusion"
 TREE = io.Custom("QUADTREE")
@@ -201,6 +201,7 @@ class QuadtreeTiledDiffusion(io.ComfyNode):
                 io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, advanced=True, control_after_generate=False, tooltip="SpotDiffusion only: seed of the windows' movement."),
                 io.Latent.Input("original", optional=True, tooltip="For sampling that is split over several samplers: the encoded picture. A later stage starts from a half-sampled latent and cannot know it."),
                 io.Sigmas.Input("sigmas", optional=True, tooltip="For sampling that is split over several samplers: the whole schedule, before the split."),
+                io.Combo.Input("wrap", options=list(WRAPS), default="none", optional=True, advanced=True, tooltip="For pictures that go on over their border: panoramas (horizontal) and textures (both). Windows then lie over the border, too, so that no seam shows there."),
             ],
             outputs=[io.Model.Output("model", tooltip="The patched model, for any sampler node.")],
             hidden=[io.Hidden.unique_id],

@@ -18,7 +18,7 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 
-from .canvas import Canvas, cut_rows, in_units_of, passes_whole, run_alone, scaled
+from .canvas import Canvas, cut_padded, cut_rows, in_units_of, passes_whole, run_alone, scaled
 from .control import with_models_kept
 from .copies import CLOSED, Copies, is_closed, parts
 from .masks import View, as_tensor, covers, cut_attention, cut_to, empty_caches, is_mask, is_no_picture, is_picture
@@ -180,11 +180,10 @@ def _cut_encoded_image(patch, rects: tuple[Rect, ...], canvas: Canvas):
     multiple = canvas.patch if hasattr(patch, "inpaint_image") else 1
     cell_px = patch.vae.spacial_compression_encode()
     latent = _encoded_image(patch, cell_px, multiple, canvas)
-    windows = in_units_of(latent, rects, 1, 1, multiple)
     part = copy.copy(patch)
     # Copied, for the host's model scales it in place, and moved, which the host does only while it loads a model.
-    part.encoded_image = cut_rows(latent, windows, canvas.rows).to(canvas.device, copy=True)
-    part.encoded_image_size = windows[0].height * cell_px, windows[0].width * cell_px
+    part.encoded_image = cut_padded(latent, rects, canvas.size, 1, multiple, canvas.rows).to(canvas.device, copy=True)
+    part.encoded_image_size = tuple(length * cell_px for length in part.encoded_image.shape[-2:])
     part.temp_data = None
     if hasattr(patch.model_patch.model, "process_input_latent_image"):
         part.encoded_image = patch.model_patch.model.process_input_latent_image(part.encoded_image)
@@ -221,9 +220,8 @@ def _cut_render(patch, rects: tuple[Rect, ...], canvas: Canvas):
     if key not in canvas.prepared:
         size = [-(-length // canvas.patch) * canvas.patch for length in canvas.size]
         canvas.prepared[key] = patch.encode_render_video((canvas.shape[2], *size))
-    latent = canvas.prepared[key]
     part = copy.copy(patch)
-    part.prepared_render = cut_rows(latent, in_units_of(latent, rects, 1, 1, canvas.patch), canvas.rows)
+    part.prepared_render = cut_padded(canvas.prepared[key], rects, canvas.size, 1, canvas.patch, canvas.rows)
     part.temp_data = None
     return part
 

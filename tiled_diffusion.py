@@ -32,7 +32,8 @@ from .denoise_schedule import EASE_CELLS, SCHEDULES, Clock, eased, falling_part,
 from .patches import apply_model, windows_are_alone, with_windows
 from .quadtree import Quadtree, find_placement, strength_raster, way_to_the_tree
 from .windows import (
-    METHODS, SHIFTS, Blend, TilePlan, WindowCost, WindowSizes, full_grid, group_windows, plan_blend, plan_windows, shift_offsets, slices, window_sizes)
+    METHODS, SHIFTS, WRAPS, Blend, TilePlan, WindowCost, WindowSizes, full_grid, group_windows, pieces, plan_blend, plan_windows, shift_offsets, slices,
+    window_sizes)
 
 KEY = "quadtree_tiled_diffusion"
 
@@ -60,6 +61,7 @@ class TiledDiffusion:
 
     original, sigmas: the clean latent, as the host's nodes pass it, and the whole schedule, for a stage of several.
     tell: is given lines for the user, how far a step is and in the end what the run did, each with its numbers by name.
+    wrap: along which axes the picture goes on over its border, one of WRAPS.
     """
 
     tree: Quadtree
@@ -75,9 +77,11 @@ class TiledDiffusion:
     original: torch.Tensor | None = None
     sigmas: torch.Tensor | None = None
     tell: Callable[..., None] | None = None
+    wrap: str = "none"
 
     def __post_init__(self):
-        for name, value, allowed in (("method", self.method, METHODS), ("schedule", self.schedule, SCHEDULES), ("shift_method", self.shift_method, SHIFTS)):
+        for name, allowed in (("method", METHODS), ("schedule", SCHEDULES), ("shift_method", SHIFTS), ("wrap", WRAPS)):
+            value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}.")
         check_windows(self.min_window, self.max_window)
@@ -105,7 +109,7 @@ class TiledDiffusion:
         """The windows' sizes in cells of this model's latents."""
         cell_px = model.latent_format.spacial_downscale_ratio
         overlap = 0 if self.method == "SpotDiffusion" else self.tile_overlap
-        return window_sizes(self.min_window // cell_px, self.max_window // cell_px, math.ceil(overlap / cell_px), patch_cells(model))
+        return window_sizes(self.min_window // cell_px, self.max_window // cell_px, math.ceil(overlap / cell_px), patch_cells(model), WRAPS[self.wrap])
 
     def _outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         """Give the run its state; afterwards put back what was to be kept.
@@ -186,7 +190,7 @@ class Run:
             self.leaf_strengths = on_steps(settings.schedule, self.leaf_strengths, steps)
         # At most half the smallest leaf, so that every leaf reaches its strength.
         ease = min(EASE_CELLS, settings.tree.min_leaf * latent.shape[-1] // settings.tree.width // 2)
-        self.strengths = eased(self.leaf_strengths, ease).to(latent.device)
+        self.strengths = eased(self.leaf_strengths, ease, WRAPS[settings.wrap]).to(latent.device)
         self.levels = self.leaf_strengths.unique()
         self.sizes = settings.sizes(model)
         self.cost_of = window_cost(model, conds, latent.shape)
@@ -263,7 +267,7 @@ class Run:
         """What windows are cut from. Copies made for windows that are no longer in the plan are dropped."""
         wanted = {window.rect for window in plan.windows}
         self.copies = {key: value for key, value in self.copies.items() if wanted.issuperset(key[1])}
-        return Canvas(model, tuple(x.shape), x.device, patch_cells(model), self.prepared, self.copies)
+        return Canvas(model, tuple(x.shape), x.device, patch_cells(model), self.prepared, self.copies, self.sizes.wraps)
 
     def unsampled(self, strengths: torch.Tensor) -> torch.Tensor:
         """Where nothing but the original was used up to now."""
@@ -416,7 +420,7 @@ def _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, ble
     canvas = run.canvas(model, x, plan)
     totals = [None if cond is None else torch.zeros_like(x) for cond in conds]
     alone = windows_are_alone(model_options, canvas)
-    pending = deque(group_windows(plan.windows, lambda window: (kind_of_window(conds, window.rect), window.rect if alone else None)))
+    pending = deque(group_windows(plan.windows, lambda window: (kind_of_window(conds, window.rect, canvas.size), window.rect if alone else None)))
     while pending:
         comfy.model_management.throw_exception_if_processing_interrupted()
         group = pending.popleft()
@@ -446,8 +450,8 @@ def _add_up(totals, results, group, blend: Blend) -> None:
     for index, window in enumerate(group):
         weight = blend.weight_of(window, results[0])
         for total, part in zip(totals, parts):
-            if total is not None:
-                total[slices(window.rect)].addcmul_(part[index], weight)
+            for here, there in pieces(window.rect, *total.shape[-2:]) if total is not None else ():
+                total[slices(here)].addcmul_(part[index][slices(there)], weight[slices(there)])
 
 
 def _halve_batches(run: Run, size: int) -> None:
@@ -586,10 +590,10 @@ def _check_guidance(model_options, run: Run) -> None:
     """Raise ValueError for Self-Attention Guidance, which takes the attention of the last call for that of the whole picture."""
     size = tuple(run.strengths.shape)
     functions = model_options.get("sampler_post_cfg_function", [])
-    if run.sizes.shape(run.sizes.sides[0], *size) != size and any(getattr(function, "__qualname__", "").startswith("SelfAttentionGuidance.") for function in functions):
+    if (any(run.sizes.wraps) or run.sizes.shape(run.sizes.sides[0], *size) != size) and any(getattr(function, "__qualname__", "").startswith("SelfAttentionGuidance.") for function in functions):
         raise ValueError(
             "Self-Attention Guidance: expected the whole picture in one window, as it lays one window's attention over all of it. "
-            "Remove that node, use Perturbed-Attention Guidance instead, or make min_window as large as the picture.")
+            "Remove that node, use Perturbed-Attention Guidance instead, or make min_window as large as the picture and `wrap` none.")
 
 
 def _check_controls(conds, run: Run) -> None:

@@ -28,7 +28,7 @@ EVER = {
     "QuadtreeToMask": (["quadtree", "width", "height"], ["MASK"]),
     "QuadtreeTiledDiffusion": (
         ["model", "quadtree", "method", "schedule", "tile_overlap", "tile_batch_size", "skip_diffusion_below", "min_window", "max_window",
-         "shift_method", "seed", "original", "sigmas"], ["MODEL"]),
+         "shift_method", "seed", "original", "sigmas", "wrap"], ["MODEL"]),
     "QuadtreeComposite": (["image", "original", "quadtree", "feather"], ["IMAGE"]),
 }
 NODES = asyncio.run(nodes.QuadtreeExtension().get_node_list())

@@ -383,3 +383,15 @@ def test_a_bypassed_tree_passes_on_the_picture_and_no_tree(frontend):
     told = frontend.prompt()
     assert told[ids["PreviewImage"]]["inputs"]["images"] == [ids["LoadImage"], 0]
     assert "quadtree" not in told[ids["QuadtreeAdjust"]]["inputs"]
+
+
+@SOME
+def test_a_mask_node_saved_before_edges_opens_with_their_start_value(frontend):
+    node = frontend.add("QuadtreeFromMask")
+    frontend.set_value(node, "min_leaf", 32)
+    saved = frontend.workflow()
+    entry = next(entry for entry in saved["nodes"] if str(entry["id"]) == node)
+    entry["widgets_values"] = entry["widgets_values"][:2]
+    entry["inputs"] = [slot for slot in entry["inputs"] if slot["name"] != "edges"]
+    frontend.load(saved)
+    assert [frontend.value(node, name) for name in ("min_leaf", "max_leaf", "edges")] == [32, 1024, "keep black"]

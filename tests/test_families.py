@@ -131,3 +131,14 @@ def test_two_images_of_a_batch_are_each_as_if_alone(name):
     for row in range(2):
         alone = run(name, patcher, latent[row:row + 1], noise=noise[row:row + 1], steps=1)
         assert (together[row:row + 1] - alone).abs().max() < 1e-3 * latent.std()
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "flux2", "ltxv"])
+def test_a_tree_of_the_uncropped_picture_lies_where_the_vae_has_cropped(name):
+    cell_px, (height, width) = SCALES[name][0], size_px(name)
+    mask = torch.zeros(height // 8 + 4, width // 8 + 4).bernoulli_().repeat_interleave(8, 0).repeat_interleave(8, 1)
+    mask = mask[:height + cell_px - 1, :width + cell_px - 1]
+    rows, cols = ((cell_px - 1) // 2 + cell_px // 2 + torch.arange(side // cell_px) * cell_px for side in (height, width))
+    latent = load(name).latent(height, width)
+    out = run(name, tiled(name, METHODS[0], quadtree_from_mask(mask, min_leaf=8, max_leaf=64)), latent)
+    assert torch.equal((out == latent).all(1).reshape(-1, *out.shape[-2:])[0], mask[rows][:, cols] == 0)

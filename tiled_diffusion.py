@@ -29,6 +29,7 @@ from .canvas import Canvas, cut_latent
 from .conditioning import REFERENCES, cut_conds, kind_of_window
 from .control import check_controls
 from .denoise_schedule import EASE_CELLS, SCHEDULES, Clock, eased, falling_part, on_steps, share_at, txt2img_share_at
+from .foreign import Watch
 from .patches import apply_model, windows_are_alone, with_windows
 from .quadtree import Quadtree, find_placement, strength_raster, way_to_the_tree
 from .windows import (
@@ -169,8 +170,11 @@ class Run:
         self.plans: dict = {}
         self.prepared: dict = {}
         self.copies: dict = {}
+        self.copied_rows = 0
         self.fitting: dict = {}
         self.batch_limit = settings.tile_batch_size or LARGEST_BATCH
+        self.whole_x: torch.Tensor | None = None
+        self.warned: set = set()
         self.calls = self.windows = self.grid_windows = 0
         self.cost = self.grid_cost = 0.0
         self.told = self.began = time.monotonic()
@@ -182,6 +186,7 @@ class Run:
         """
         self.began = time.monotonic()  # the model is loaded
         settings = self.settings
+        self.shape = tuple(latent.shape)
         self.clock = self._start_clock(sampler, tuple(sigmas.tolist()))
         steps = len(self.schedule) - 1
         self.leaf_strengths = strengths_in_cells(settings.tree, *latent.shape[-2:], settings.skip_diffusion_below, cell_px=model.latent_format.spacial_downscale_ratio)
@@ -264,10 +269,32 @@ class Run:
         self.grid_cost += self.grid.cost
 
     def canvas(self, model, x, plan: TilePlan) -> Canvas:
-        """What windows are cut from. Copies made for windows that are no longer in the plan are dropped."""
-        wanted = {window.rect for window in plan.windows}
+        """What windows are cut from. Copies made for other rows, or for windows that are no longer in the plan, are dropped."""
+        wanted = {window.rect for window in plan.windows} if x.shape[0] == self.copied_rows else set()
         self.copies = {key: value for key, value in self.copies.items() if wanted.issuperset(key[1])}
+        self.copied_rows = x.shape[0]
         return Canvas(model, tuple(x.shape), x.device, patch_cells(model), self.prepared, self.copies, self.sizes.wraps)
+
+    def sees_one_window(self) -> bool:
+        """Whether the model is given the same window at every step, and no other."""
+        steps = len(self.schedule) - 1
+        views = {tuple(window.rect for window in self.plan(step / steps)[0].windows) for step in range(steps)}
+        return len(views) == 1 and len(views.pop()) == 1
+
+    def original_of(self, x: torch.Tensor, model_options) -> torch.Tensor | None:
+        """The original's rows and frames for an x that a node asks about; None if x is not, or not known to be, of this canvas."""
+        if x.ndim != len(self.shape) or tuple(x.shape[-2:]) != self.shape[-2:]:
+            return None
+        in_context_window = model_options["transformer_options"].get("context_window") is not None
+        if not in_context_window and tuple(x.shape[1:]) != self.shape[1:]:
+            return None
+        if self.original is None:
+            return x
+        if in_context_window or x.shape[0] % self.shape[0] == 0:
+            return _like(_frames(self.original, x, model_options), x)
+        whole = () if self.whole_x is None else self.whole_x
+        rows = [next((kept for kept, row in zip(self.original, whole) if torch.equal(part, row)), None) for part in x]
+        return None if any(row is None for row in rows) else torch.stack(rows).to(x)
 
     def unsampled(self, strengths: torch.Tensor) -> torch.Tensor:
         """Where nothing but the original was used up to now."""
@@ -365,6 +392,8 @@ def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, laten
     if run is None:
         return executor(guider, sigmas, extra_args, callback, noise, latent_image, *args, **kwargs)
     run.begin(guider.inner_model, executor.class_obj, guider.conds.values(), sigmas, noise, latent_image)
+    run.watch = Watch(guider.model_patcher, guider.inner_model, run.shape[-2:], lambda: not run.sees_one_window(), run.warned)
+    run.watch.look(extra_args["model_options"], guider.conds.values())
     _check_guidance(extra_args["model_options"], run)
     _check_controls(guider.conds.values(), run)
 
@@ -383,7 +412,9 @@ def _predict_noise(executor, x, sigma, model_options={}, *args, **kwargs):
         return executor(x, sigma, model_options, *args, **kwargs)
     _check_size(x, run)
     progress = run.clock.call(float(sigma.flatten()[0]), x)
+    run.whole_x = x
     denoised = executor(x, sigma, model_options, *args, **kwargs)
+    run.whole_x = None
     if run.least_share(progress) == 1:
         return denoised
     share = run.share(progress, run.strengths).to(denoised)
@@ -393,20 +424,22 @@ def _predict_noise(executor, x, sigma, model_options={}, *args, **kwargs):
 def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
     """Let the host evaluate each batch of windows, and add them up."""
     run = _run_of(model_options)
-    if run is None:
+    original = None if run is None else run.original_of(x, model_options)
+    if original is None:
         return executor(model, conds, x, sigma, model_options)
     progress = run.progress
     plan, blend = run.plan(progress)
     run.count(plan)
+    run.watch.look(model_options, conds)
+    model_options = run.watch.options(model_options)
     if plan.is_whole:
-        results = executor(model, conds, x, sigma, model_options)
+        results = run.watch.evaluate(executor, model, conds, x, sigma, model_options)
     else:
         results = _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, blend, progress)
     if run.original is None or run.least_share(progress) > 0:
         return results
     # Guidance of other nodes reads these results, too: a kept cell is the original in each of them.
     kept = run.share(progress, run.strengths) == 0
-    original = _like(_frames(run.original, x, model_options), x)
     results = list(results)
     for index, cond in enumerate(conds):  # one after another, so that the former ones can go
         if cond is not None:
@@ -424,18 +457,23 @@ def _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, ble
     while pending:
         comfy.model_management.throw_exception_if_processing_interrupted()
         group = pending.popleft()
-        limit = min(run.batch_limit, _fitting(model, conds, x, group, canvas, run.fitting))
+        alone = run.watch.goes_alone(len(plan.windows), run.settings.tile_batch_size)
+        limit = 1 if alone else min(run.batch_limit, _fitting(model, conds, x, group, canvas, run.fitting))
         if len(group) > limit:
             pending.appendleft(group[limit:])
             group = group[:limit]
         rects = [window.rect for window in group]
         try:
-            results = executor(
-                model, cut_conds(conds, rects, canvas), cut_latent(x, rects), sigma.repeat(len(group)), with_windows(model_options, rects, canvas))
+            results = run.watch.evaluate(
+                executor, model, cut_conds(conds, rects, canvas), cut_latent(x, rects), sigma.repeat(len(group)),
+                with_windows(model_options, rects, canvas), len(group))
         except comfy.model_management.OOM_EXCEPTION:
             if len(group) == 1:
                 raise
             _halve_batches(run, len(group))
+            pending.appendleft(group)
+            continue
+        if results is None:
             pending.appendleft(group)
             continue
         _add_up(totals, results, group, blend)
@@ -590,7 +628,7 @@ def _check_guidance(model_options, run: Run) -> None:
     """Raise ValueError for Self-Attention Guidance, which takes the attention of the last call for that of the whole picture."""
     size = tuple(run.strengths.shape)
     functions = model_options.get("sampler_post_cfg_function", [])
-    if (any(run.sizes.wraps) or run.sizes.shape(run.sizes.sides[0], *size) != size) and any(getattr(function, "__qualname__", "").startswith("SelfAttentionGuidance.") for function in functions):
+    if (any(run.sizes.wraps) or run.sizes.shape(run.sizes.sides[0], *size) != size) and any("SelfAttentionGuidance" in getattr(function, "__qualname__", "") for function in functions):
         raise ValueError(
             "Self-Attention Guidance: expected the whole picture in one window, as it lays one window's attention over all of it. "
             "Remove that node, use Perturbed-Attention Guidance instead, or make min_window as large as the picture and `wrap` none.")

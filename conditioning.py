@@ -19,12 +19,11 @@ import comfy.conds
 import comfy.samplers
 import comfy.utils
 
-from .canvas import Canvas, common_part, cut_rows, in_units_of, moved_to, parts_in_window, passes_whole
+from .canvas import Canvas, cut_rows, passes_whole
 from .control import counts_rows, cut_control
 from .masks import cut_attention
 from .patches import bring_patches
-from .quadtree import Rect
-from .windows import cut
+from .utils import Rect, common_part, cut, in_units_of, moved_to, parts_in_window
 
 # A conditioning of another size than the latent's is enlarged this often, if window borders run through its cells.
 FINEST_SPLIT = 8

@@ -21,10 +21,10 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 
-from .canvas import Canvas, cut_padded, cut_rows, in_units_of, parts_in_window, passes_whole, run_alone, scaled
+from .canvas import Canvas, cut_padded, cut_rows, passes_whole, run_alone, scaled
 from .copies import Copies, reachable
 from .masks import View, cut_to, empty_caches, is_hint, is_mask
-from .quadtree import Rect
+from .utils import Rect, in_units_of, parts_in_window
 
 # Those of the host, which have rules of their own.
 HINTS = frozenset({"cond_hint_original", "cond_hint", "extra_concat_orig", "extra_concat"})

@@ -12,16 +12,13 @@ lies in, since the host loads its nodes under names that are paths.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import os
 import re
 import sys
 import sysconfig
-import threading
-import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,14 +47,10 @@ CACHES_IN_OPTIONS = CACHES | {"easycache": "another pack's EasyCache", "lazycach
 # Object patches that hold no picture and do the same to every row.
 SAFE_OBJECTS = frozenset({"model_sampling", "latent_format"})
 
-KINDS = {WrappersMP.APPLY_MODEL: "APPLY_MODEL wrapper", WrappersMP.DIFFUSION_MODEL: "DIFFUSION_MODEL wrapper"}
-OUTSIDE, INSIDE = "quadtree_tiled_diffusion outside", "quadtree_tiled_diffusion inside"
-
-SIZE_WORDS = re.compile(r"size|shape|dimension|broadcast|channels|must match", re.IGNORECASE)
+# Names of foreign things in one line.
 NAMES_TOLD = 5
 
-ONE_WINDOW = "make min_window as large as the picture and leave no strength between 0 and 1, so that one window sees all of it at every step"
-
+KINDS = {WrappersMP.APPLY_MODEL: "APPLY_MODEL wrapper", WrappersMP.DIFFUSION_MODEL: "DIFFUSION_MODEL wrapper"}
 
 @dataclass(frozen=True, eq=False)
 class Foreign:
@@ -107,17 +100,17 @@ def is_foreign(thing) -> bool:
 
 def files_of(thing) -> set[str]:
     """The files of all code that a callable is made of, those of libraries left out."""
-    return {file for part in _parts(thing, set()) for file in _files_of(part) if not is_library(file)}
+    return {file for part in parts_of(thing, set()) for file in _files_of(part) if not is_library(file)}
 
 
-def _parts(thing, seen: set) -> Iterator[object]:
+def parts_of(thing, seen: set) -> Iterator[object]:
     """A callable and the callables in it: what a partial calls, a method's function and owner, what a function closes over."""
     if id(thing) in seen:
         return
     seen.add(id(thing))
     yield thing
     for inner in _inner(thing):
-        yield from _parts(inner, seen)
+        yield from parts_of(inner, seen)
 
 
 def _inner(thing) -> Iterable[object]:
@@ -223,7 +216,7 @@ def _in_transformer_options(options: dict, where: str = "") -> Iterator[Foreign]
     for place, patches in options.get("patches", {}).items():
         for patch in patches:
             for part in patch if isinstance(patch, tuple) else (patch,):
-                if _is_patch(part) and is_foreign(part):
+                if is_patch(part) and is_foreign(part):
                     yield Foreign(f"patch {place!r}{where}", part, alone=part is not patch)
     for place, patches in options.get("patches_replace", {}).items():
         yield from (Foreign(f"patches_replace {place!r} {block}{where}", patch) for block, patch in patches.items() if is_foreign(patch))
@@ -235,7 +228,7 @@ def _in_transformer_options(options: dict, where: str = "") -> Iterator[Foreign]
             yield from (Foreign(f"{title} {key!r}{where}", one, wraps=True, alone=bool(where)) for one in wrappers if is_foreign(one))
 
 
-def _is_patch(part) -> bool:
+def is_patch(part) -> bool:
     return callable(part) and not isinstance(part, type)
 
 
@@ -261,248 +254,3 @@ def _place_of(file: str) -> str:
     """A custom node's file in its pack; of any other file the name alone, since folders above may be called anything."""
     parts = Path(file).parts
     return "/".join(parts[parts.index("custom_nodes") + 1:]) if "custom_nodes" in parts else parts[-1]
-
-
-class Watch:
-    """What foreign code does in the windows of one run.
-
-    size: of the latent, in cells. moves: whether the run has several windows, or other ones from step to step; asked only
-    if there is something foreign. told: what was said in this run.
-    """
-
-    def __init__(self, patcher, model, size: tuple[int, int], moves: Callable[[], bool], told: set):
-        self.size = tuple(size)
-        self.moves = functools.lru_cache(None)(moves)
-        self.on_model = on_model(patcher, model)
-        self.found: list[Foreign] = []
-        self.counts_rows = self.trusted = False
-        self.seen: set = set()
-        self.seen_before: set = set()
-        self.inner: dict = {}
-        self.acted = self.together = False
-        self.told = told
-
-    def look(self, model_options: dict, conds: Iterable[Sequence[dict] | None]) -> None:
-        """Learn what is foreign in a call. Raises ValueError for a cache that is known, where it would mix windows."""
-        self.found = self.on_model + list(in_call(model_options, conds))
-        cache = known_cache(self.found, model_options.get("transformer_options", {}))
-        if cache is not None and self.moves():
-            raise ValueError(
-                f"{cache[0]}: expected no cache of another pack on a model that is sampled in windows, as it gives one window what it kept of another, got {cache[1]}. "
-                f"Remove that node and use ComfyUI's EasyCache, which keeps windows apart, or {ONE_WINDOW}.")
-        wrappers = [one for one in self.found if one.wraps]
-        if wrappers and self.moves():
-            self._tell_once(
-                "wrappers", "%s: not known to Quadtree Tiled Diffusion, and called with windows of the picture. It must not keep anything from one call to the next, "
-                "take rows of a batch for images, or hold anything of the whole picture", names_of(wrappers))
-
-    def goes_alone(self, windows: int, batch_size: int) -> bool:
-        """Whether so many windows have to be run one at a time, as rows may be taken for images. batch_size: the user's."""
-        # Tensors of inference mode do not tell whether they were changed.
-        if self.counts_rows or any(one.alone or torch.is_inference_mode_enabled() for one in self.found):
-            if windows > 1:
-                instead = f" and not {batch_size} at once (tile_batch_size)" if batch_size > 1 else ""
-                suspects = [one for one in self.found if one.alone] or self.found
-                self._tell_once("rows", "windows are run one at a time%s, as code that is not ComfyUI's may take the rows of a batch for images: %s", instead, names_of(suspects))
-            return True
-        return not self.trusted and any(not one.wraps for one in self.found)
-
-    def options(self, model_options: dict) -> dict:
-        """The options with what sees foreign code from outside and from inside; the same if there is none."""
-        if not self.found or not self.moves():
-            return model_options
-        options = model_options["transformer_options"]
-        wrappers = dict(options.get("wrappers", {}))
-        # Compiled code is left as it is, unless there is something foreign in it.
-        kinds = [kind for kind in KINDS if kind != WrappersMP.DIFFUSION_MODEL or "torch_compile_kwargs" not in model_options or kind in wrappers]
-        for kind in kinds:
-            several = wrappers.get(kind, {})
-            # Ours comes first, and cuts what patches hold.
-            first = dict(itertools.takewhile(lambda item: not any(map(is_foreign, item[1])), several.items()))
-            wrappers[kind] = {**first, OUTSIDE: [functools.partial(self._outside, kind)], **several, INSIDE: [functools.partial(self._inside, kind)]}
-        watched = model_options | {"transformer_options": options | {"wrappers": wrappers}}
-        if "model_function_wrapper" in model_options:
-            watched["model_function_wrapper"] = functools.partial(self._around_function, model_options["model_function_wrapper"])
-        return watched
-
-    def evaluate(self, executor, model, conds, x, sigma, model_options, windows: int = 1):
-        """The host's results for a batch of windows, or None if they have to be run one at a time.
-
-        Raises ValueError where foreign code fails on a window's size, or answers for it from memory.
-        """
-        if not self.found or not self.moves():
-            return executor(model, conds, x, sigma, model_options)
-        self.seen, self.acted, self.together = set(), False, windows > 1
-        try:
-            results = executor(model, conds, x, sigma, model_options)
-        except RuntimeError as error:
-            culprit = self._culprit(error)
-            if culprit is None or tuple(x.shape[-2:]) == self.size:
-                raise
-            if windows == 1:
-                raise self._of_another_size(culprit.name, x, f"it failed: {error}") from error
-            self.acted = True
-        self.counts_rows, self.trusted = self.counts_rows or self.acted, True
-        if windows > 1 and self.acted:
-            return None
-        self._check_memory(conds, x, results, model_options)
-        return results
-
-    def _with_watched_patches(self, value):
-        """Of options inside the model, a copy whose foreign patches are watched for whether they change anything."""
-        if not isinstance(value, dict) or not value.get("patches"):
-            return value
-        patches = {
-            place: [_Watched(patch, self._around_patch) if _is_patch(patch) and is_foreign(patch) else patch for patch in several]
-            for place, several in value["patches"].items()}
-        return value | {"patches": patches}
-
-    def _around_patch(self, patch, *args, **kwargs):
-        given = _tensors(args, kwargs)
-        result = patch(*args, **kwargs)
-        self.acted |= _tensors(args, kwargs) != given or not _tensors(result) <= given
-        return result
-
-    def _outside(self, kind: str, executor, x, *args, **kwargs):
-        """Around all wrappers of a kind: see whether the ones between here and _inside let everything through as it is."""
-        place, foreign = (kind, threading.get_ident()), self._of_kind(kind)
-        if kind == WrappersMP.APPLY_MODEL:
-            args = [self._with_watched_patches(value) for value in args]
-        self.inner[place] = None
-        given = _passed(x, *args, *kwargs.values())
-        result = executor(x, *args, **kwargs)
-        inner = self.inner.pop(place)
-        if foreign and inner is not None and inner != (given, _passed(result)):
-            self.acted = True
-        if kind == WrappersMP.APPLY_MODEL:
-            self._check_size(foreign, x, result)
-        return result
-
-    def _inside(self, kind: str, executor, x, *args, **kwargs):
-        values = x, *args, *kwargs.values()
-        given, options = _passed(*values), _options_in(values)
-        self.seen.update((kind, index) for index in options.get("cond_or_uncond", ()))
-        if self.together and kind == WrappersMP.APPLY_MODEL and self._of_kind(kind):
-            # A wrapper may let everything through and replace what it calls.
-            self.acted |= not {id(one.thing) for one in replaced_methods(executor.class_obj)} <= {id(one.thing) for one in self.on_model}
-        result = executor(x, *args, **kwargs)
-        self.inner[kind, threading.get_ident()] = given, _passed(result)
-        return result
-
-    def _around_function(self, function, apply_model, arguments: dict):
-        result = function(apply_model, arguments)
-        self._check_size(self._of_kind("model_function_wrapper"), arguments["input"], result)
-        return result
-
-    def _of_kind(self, kind: str) -> list[Foreign]:
-        return [one for one in self.found if one.place.startswith(KINDS.get(kind, kind))]
-
-    def _check_size(self, foreign: list[Foreign], x, result) -> None:
-        if foreign and torch.is_tensor(result) and result.shape[-2:] != x.shape[-2:]:
-            raise self._of_another_size(names_of(foreign), x, f"it returned {result.shape[-1]} x {result.shape[-2]}")
-
-    def _of_another_size(self, name: str, x, what: str) -> ValueError:
-        height, width = self.size
-        return ValueError(
-            f"{name}: expected code that takes any part of the picture, but given a window of {x.shape[-1]} x {x.shape[-2]} cells {what.rstrip('.')}. "
-            f"It seems to hold something of the whole picture, {width} x {height} cells, or of another window. "
-            f"Remove that node (for a cache use ComfyUI's EasyCache instead), or {ONE_WINDOW}.")
-
-    def _culprit(self, error: RuntimeError) -> Foreign | None:
-        """Whose code an error about sizes comes from: the innermost frame's that is not a library's."""
-        if isinstance(error, comfy.model_management.OOM_EXCEPTION) or not SIZE_WORDS.search(str(error)):
-            return None
-        frames = [frame.f_code for frame, line in traceback.walk_tb(error.__traceback__)]
-        for code in reversed([code for code in frames if not is_library(code.co_filename)]):
-            if is_own(code.co_filename):
-                return None
-            for one in self.found:
-                if code in _codes_of(one.thing):
-                    return one
-        return None
-
-    def _check_memory(self, conds, x, results, model_options: dict) -> None:
-        """Raise ValueError if the first conditioning's answer came without the model, which was asked before."""
-        first = next((index for index, entries in enumerate(conds) if entries), None)
-        for kind in KINDS:
-            if (kind, first) in self.seen:
-                self.seen_before.add((kind, first))
-            elif (kind, first) in self.seen_before and not self._is_answer_without_memory(kind, results[first], x, model_options):
-                raise ValueError(
-                    f"{names_of(one for one in self.found if one.wraps)}: expected code that asks the model each time, but it answered for a window from what it kept "
-                    f"of another. Remove that node and use ComfyUI's EasyCache, which keeps windows apart, or {ONE_WINDOW}.")
-
-    def _is_answer_without_memory(self, kind: str, result, x, model_options: dict) -> bool:
-        """Whether a step was skipped by the host's own cache, which knows windows, or with nothing or what came in for an answer."""
-        hosts = kind == WrappersMP.DIFFUSION_MODEL and "easycache" in model_options["transformer_options"]
-        return hosts or not bool(result.any()) or torch.equal(result, x)
-
-    def _tell_once(self, what: str, line: str, *values) -> None:
-        if what not in self.told:
-            self.told.add(what)
-            log.warning(line, *values)
-
-
-class _Watched:
-    """A patch that tells what it does, for others the patch itself."""
-
-    def __init__(self, patch, around):
-        self._patch, self._around = patch, around
-
-    def __call__(self, *args, **kwargs):
-        return self._around(self._patch, *args, **kwargs)
-
-    def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self._patch, name)
-
-    def __eq__(self, other) -> bool:
-        return self._patch == (other._patch if isinstance(other, _Watched) else other)
-
-    def __hash__(self) -> int:
-        return hash(self._patch)
-
-
-def _passed(*values) -> tuple:
-    """What tells whether values are the same objects, as they were."""
-    return tuple(sorted(_identity(value) for value in values if value is not None))
-
-
-def _tensors(*values, depth: int = 3) -> set[tuple]:
-    """The identities of the tensors in nested values, down to a depth."""
-    found = set()
-    for value in values:
-        if torch.is_tensor(value):
-            found.add(_identity(value))
-        elif depth and isinstance(value, (dict, list, tuple)):
-            found |= _tensors(*(value.values() if isinstance(value, dict) else value), depth=depth - 1)
-    return found
-
-
-def _identity(value) -> tuple:
-    if isinstance(value, dict):
-        return id(value), *sorted(id(patch) for patches in (value.get("patches") or {}).values() for patch in patches)
-    if not torch.is_tensor(value):
-        return (id(value),)
-    return id(value), 0 if value.is_inference() else value._version
-
-
-def _options_in(values: Iterable) -> dict:
-    return next((value for value in values if isinstance(value, dict) and "cond_or_uncond" in value), {})
-
-
-def _codes_of(thing) -> set[types.CodeType]:
-    """All code that a callable may run itself, with the functions defined in it."""
-    codes = [function.__code__ for part in _parts(thing, set()) for function in _functions_of(part)]
-    for code in codes:
-        codes.extend(inner for inner in code.co_consts if isinstance(inner, types.CodeType))
-    return set(codes)
-
-
-def _functions_of(part) -> list[types.FunctionType]:
-    if isinstance(part, types.FunctionType):
-        return [part]
-    if isinstance(part, (functools.partial, types.MethodType, types.BuiltinFunctionType)):
-        return []
-    return [value for cls in type(part).__mro__ for value in vars(cls).values() if isinstance(value, types.FunctionType)]

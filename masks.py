@@ -15,9 +15,9 @@ import torch
 
 import comfy.utils
 
-from .canvas import Canvas, cut_latent, cut_rows, in_units_of
+from .canvas import Canvas, cut_rows
 from .copies import reachable
-from .quadtree import Rect
+from .utils import Rect, cut_latent, in_units_of
 
 # Within something named for masks, these are none; nor are the weights of a layer, whose name has dots.
 NO_MASK = re.compile(r"embed|cond(?!_hint)|sigma|timestep|strength|^[qkv]$|^(key|value|context|dtype|device)s?$|weight|bias|scale|token|latent|image|pixel|noise|\.")

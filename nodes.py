@@ -3,15 +3,21 @@ from __future__ import annotations
 
 import logging
 
+import comfy.utils
 from comfy_api.latest import ComfyAPI, ComfyExtension, io, ui
 
-import comfy.utils
-
 from . import preview
-from . import quadtree as trees
+from .blending import METHODS, SHIFTS
+from .compositing import composite
 from .denoise_schedule import SCHEDULES
-from .tiled_diffusion import TiledDiffusion, check_windows
-from .windows import METHODS, SHIFTS, WRAPS
+from .drawing import draw_quadtree
+from .painting import parse_edits
+from .placement import sides_in_proportion, strength_raster
+from .quadtree import METRICS, check_leaves, check_strengths
+from .sampling_run import check_windows
+from .strengths import MASK_EDGES, adjust_quadtree, quadtree_from_mask
+from .tiled_diffusion import TiledDiffusion
+from .windows import WRAPS
 
 CATEGORY = "quadtree tiled diffusion"
 TREE = io.Custom("QUADTREE")
@@ -64,7 +70,7 @@ class QuadtreeFromImage(io.ComfyNode):
                 _max_leaf(),
                 io.Float.Input("min_denoise", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Strength of the largest leaves. 0 keeps them exactly, and costs nothing."),
                 io.Float.Input("max_denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Strength of the smallest leaves. 1 redraws them wholly; it is relative to the steps of the sampler."),
-                io.Combo.Input("metric", options=list(trees.METRICS), default="variance", advanced=True, tooltip="What counts as content: variance sees contrast, gradient sees edges and texture, combined sees both."),
+                io.Combo.Input("metric", options=list(METRICS), default="variance", advanced=True, tooltip="What counts as content: variance sees contrast, gradient sees edges and texture, combined sees both."),
                 # Shown as the picture that is painted on; see js/quadtree.js.
                 io.String.Input("edits", default="", optional=True, extra_dict={"widgetType": "QTD_EDITS"}, tooltip="What is painted on the picture: click a leaf to keep it, again to redraw it, once more to let it go; drag to paint several. It goes before everything else. By a wire: JSON, with squares in pixels."),
             ],
@@ -79,14 +85,14 @@ class QuadtreeFromImage(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, min_leaf=None, max_leaf=None, min_denoise=None, max_denoise=None, edits=None) -> bool | str:
         return _first_problem(
-            cls, (trees.check_leaves, {"min_leaf": min_leaf, "max_leaf": max_leaf}),
-            (trees.check_strengths, {"min_denoise": min_denoise, "max_denoise": max_denoise}), (trees.parse_edits, {"text": edits}))
+            cls, (check_leaves, {"min_leaf": min_leaf, "max_leaf": max_leaf}),
+            (check_strengths, {"min_denoise": min_denoise, "max_denoise": max_denoise}), (parse_edits, {"text": edits}))
 
     @classmethod
     def execute(cls, image, edits="", **settings) -> io.NodeOutput:
         cells = preview.measure(image, settings["min_leaf"])
         tree = preview.tree_of(cells, edits=edits, **settings)
-        return io.NodeOutput(tree, trees.draw_quadtree(image, tree), ui=_shown(image, cells, tree, {**settings, "edits": edits}, cls))
+        return io.NodeOutput(tree, draw_quadtree(image, tree), ui=_shown(image, cells, tree, {**settings, "edits": edits}, cls))
 
 
 def _shown(image, cells, tree, settings, cls) -> dict | None:
@@ -113,18 +119,18 @@ class QuadtreeFromMask(io.ComfyNode):
                 io.Mask.Input("mask", tooltip="White = strength 1 = redraw, black = 0 = keep, grey in between. Of the aspect of the picture that you encode, before or after its crop."),
                 _min_leaf(),
                 _max_leaf(),
-                io.Combo.Input("edges", options=list(trees.MASK_EDGES), default=trees.MASK_EDGES[0], optional=True, tooltip="Of the smallest leaves that hold black and other pixels. keep black: they are kept, so that all that is black is. mean: they get the mean, which also changes the black in them."),
+                io.Combo.Input("edges", options=list(MASK_EDGES), default=MASK_EDGES[0], optional=True, tooltip="Of the smallest leaves that hold black and other pixels. keep black: they are kept, so that all that is black is. mean: they get the mean, which also changes the black in them."),
             ],
             outputs=[TREE.Output("quadtree", tooltip="Leaves as large as the mask is even; on its edges min_leaf large.")],
         )
 
     @classmethod
     def validate_inputs(cls, min_leaf=None, max_leaf=None) -> bool | str:
-        return _first_problem(cls, (trees.check_leaves, {"min_leaf": min_leaf, "max_leaf": max_leaf}))
+        return _first_problem(cls, (check_leaves, {"min_leaf": min_leaf, "max_leaf": max_leaf}))
 
     @classmethod
-    def execute(cls, mask, min_leaf, max_leaf, edges=trees.MASK_EDGES[0]) -> io.NodeOutput:
-        tree = trees.quadtree_from_mask(mask, min_leaf=min_leaf, max_leaf=max_leaf, edges=edges)
+    def execute(cls, mask, min_leaf, max_leaf, edges=MASK_EDGES[0]) -> io.NodeOutput:
+        tree = quadtree_from_mask(mask, min_leaf=min_leaf, max_leaf=max_leaf, edges=edges)
         painted = float((mask.amax(0) if mask.ndim == 3 else mask).float().clamp(0, 1).mean())
         if painted == 0:
             log.warning("mask: it is black, so the whole picture is kept. Load Image gives such a mask until something is painted in its mask editor.")
@@ -154,11 +160,11 @@ class QuadtreeAdjust(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, min_denoise=None, max_denoise=None) -> bool | str:
-        return _first_problem(cls, (trees.check_strengths, {"min_denoise": min_denoise, "max_denoise": max_denoise}))
+        return _first_problem(cls, (check_strengths, {"min_denoise": min_denoise, "max_denoise": max_denoise}))
 
     @classmethod
     def execute(cls, quadtree, min_denoise, max_denoise, gamma, invert, protect=None) -> io.NodeOutput:
-        return io.NodeOutput(trees.adjust_quadtree(quadtree, min_denoise=min_denoise, max_denoise=max_denoise, gamma=gamma, invert=invert, protect=protect))
+        return io.NodeOutput(adjust_quadtree(quadtree, min_denoise=min_denoise, max_denoise=max_denoise, gamma=gamma, invert=invert, protect=protect))
 
 
 class QuadtreeToMask(io.ComfyNode):
@@ -177,7 +183,7 @@ class QuadtreeToMask(io.ComfyNode):
 
     @classmethod
     def execute(cls, quadtree, width, height) -> io.NodeOutput:
-        return io.NodeOutput(trees.strength_raster(quadtree, *trees.sides_in_proportion(quadtree, height, width))[None])
+        return io.NodeOutput(strength_raster(quadtree, *sides_in_proportion(quadtree, height, width))[None])
 
 
 class QuadtreeTiledDiffusion(io.ComfyNode):
@@ -235,7 +241,7 @@ class QuadtreeComposite(io.ComfyNode):
 
     @classmethod
     def execute(cls, original, image, quadtree, feather) -> io.NodeOutput:
-        return io.NodeOutput(trees.composite(original, image, quadtree, feather=feather))
+        return io.NodeOutput(composite(original, image, quadtree, feather=feather))
 
 
 def _of_predecessor() -> list[io.NodeReplace]:

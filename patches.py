@@ -18,11 +18,11 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 
-from .canvas import Canvas, cut_padded, cut_rows, in_units_of, passes_whole, run_alone, scaled
+from .canvas import Canvas, cut_padded, cut_rows, passes_whole, run_alone, scaled
 from .control import with_models_kept
 from .copies import CLOSED, Copies, is_closed, parts
 from .masks import View, as_tensor, covers, cut_attention, cut_to, empty_caches, is_mask, is_no_picture, is_picture
-from .quadtree import Rect
+from .utils import Rect, in_units_of
 
 # In transformer_options: the windows of a batch, and the canvas that they are cut from.
 WINDOWS = "quadtree_tiled_diffusion_windows"

@@ -19,10 +19,12 @@ import torch
 from aiohttp import web
 
 from .denoise_schedule import on_steps, share_at
-from .quadtree import (
-    METRICS, VIRIDIS, CellStatistics, Quadtree, Refusal, check_leaves, coarsen, edit_quadtree, grow_quadtree, measure_cells, painted_cells,
-    parse_edits, strength_colour)
-from .tiled_diffusion import TiledDiffusion, strengths_in_cells
+from .drawing import VIRIDIS, strength_colour
+from .painting import edit_quadtree, painted_cells, parse_edits
+from .quadtree import METRICS, CellStatistics, Quadtree, check_leaves, coarsen, grow_quadtree, measure_cells
+from .sampling_run import strengths_in_cells
+from .tiled_diffusion import TiledDiffusion
+from .utils import Refusal
 from .windows import WindowCost, full_grid, plan_windows, window_sizes
 
 ROUTE = "/quadtree_tiled_diffusion/tree"

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from qtd_pack.denoise_schedule import share_at
 from qtd_pack.quadtree import build_quadtree
-from qtd_pack.tiled_diffusion import strengths_in_cells
+from qtd_pack.sampling_run import strengths_in_cells
 from qtd_pack.windows import TilePlan, WindowCost, WindowSizes, full_grid, plan_windows, window_sizes
 
 PHOTOS = ("astronaut", "camera", "chelsea", "coffee", "hubble_deep_field", "moon", "retina", "rocket")

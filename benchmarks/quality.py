@@ -53,8 +53,12 @@ import comfy.sample  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 
-from qtd_pack import quadtree as trees  # noqa: E402
-from qtd_pack import tiled_diffusion, windows  # noqa: E402
+from qtd_pack.compositing import composite  # noqa: E402
+from qtd_pack.drawing import draw_quadtree  # noqa: E402
+from qtd_pack.placement import strength_raster  # noqa: E402
+from qtd_pack.quadtree import Quadtree, build_quadtree  # noqa: E402
+from qtd_pack.strengths import quadtree_from_mask  # noqa: E402
+from qtd_pack import blending, sampling_run  # noqa: E402
 from qtd_pack.denoise_schedule import eased  # noqa: E402
 from qtd_pack.tiled_diffusion import KEY, TiledDiffusion  # noqa: E402
 
@@ -127,22 +131,22 @@ def held_out(largest_px: int = PICTURE_PX) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(photos.to_array(photo)[:largest_px, :largest_px])[None] for name, photo in photos.held_out_photos().items()}
 
 
-def even_tree(picture: torch.Tensor, strength: float) -> trees.Quadtree:
+def even_tree(picture: torch.Tensor, strength: float) -> Quadtree:
     """Every leaf of one strength."""
-    return trees.quadtree_from_mask(torch.full(picture.shape[1:3], strength), min_leaf=64, max_leaf=512)
+    return quadtree_from_mask(torch.full(picture.shape[1:3], strength), min_leaf=64, max_leaf=512)
 
 
-def patchwork(picture: torch.Tensor, strengths: tuple[float, ...], leaf: int, seed: int) -> trees.Quadtree:
+def patchwork(picture: torch.Tensor, strengths: tuple[float, ...], leaf: int, seed: int) -> Quadtree:
     """Leaves of one size with strengths at random, so that their borders have nothing to do with the content."""
     height, width = picture.shape[1:3]
     grid = torch.randint(len(strengths), (math.ceil(height / leaf), math.ceil(width / leaf)), generator=torch.Generator().manual_seed(seed))
     mask = torch.tensor(strengths)[grid].repeat_interleave(leaf, 0).repeat_interleave(leaf, 1)[:height, :width]
-    return trees.quadtree_from_mask(mask, min_leaf=leaf, max_leaf=leaf)
+    return quadtree_from_mask(mask, min_leaf=leaf, max_leaf=leaf)
 
 
-def detail_tree(picture: torch.Tensor) -> trees.Quadtree:
+def detail_tree(picture: torch.Tensor) -> Quadtree:
     """The tree that the nodes' defaults make, with leaves scaled to the size of the picture."""
-    return trees.build_quadtree(picture, min_leaf=64, max_leaf=256)
+    return build_quadtree(picture, min_leaf=64, max_leaf=256)
 
 
 def one_window(settings: TiledDiffusion) -> TiledDiffusion:
@@ -210,7 +214,7 @@ def added_by(borders: torch.Tensor, picture: torch.Tensor, reference: torch.Tens
 
 def window_borders(run, *, cores: bool) -> torch.Tensor:
     """Lines, (2, rows, cols), where a window of any step begins or ends; with `cores` its core instead."""
-    height, width = run.strengths.shape
+    height, width = run.facts.strengths.shape
     found = torch.zeros(2, height + 1, width + 1, dtype=torch.bool)
     for plan, _ in run.plans.values():
         for window in plan.windows:
@@ -247,9 +251,9 @@ def seam_ratio(painting: Painting, whole: torch.Tensor) -> float:
     return worst_ratio(seam_sums(painting, whole))
 
 
-def sides_of_lines(tree: trees.Quadtree, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def sides_of_lines(tree: Quadtree, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Strengths before and after each line, each (2, rows, cols); equal at the picture's border."""
-    after = trees.strength_raster(tree, height, width).expand(2, -1, -1)
+    after = strength_raster(tree, height, width).expand(2, -1, -1)
     before = torch.stack([after[axis].roll(1, axis) for axis in (0, 1)])
     before[0, 0], before[1, :, 0] = after[0, 0], after[1, :, 0]
     return before, after
@@ -260,14 +264,14 @@ def close(strengths: torch.Tensor, strength: float) -> torch.Tensor:
     return (strengths - strength).abs() < 0.6 / 255
 
 
-def faded(tree: trees.Quadtree, evenly: dict[float, torch.Tensor]) -> torch.Tensor:
+def faded(tree: Quadtree, evenly: dict[float, torch.Tensor]) -> torch.Tensor:
     """The pictures sampled evenly, each where the tree has its strength, faded into each other over four cells.
 
     evenly: strength to picture, (1, H, W, 3), for each strength in the tree.
     """
     levels = sorted(evenly)
     height, width = evenly[levels[0]].shape[1:3]
-    strengths = eased(trees.strength_raster(tree, height // CELL_PX, width // CELL_PX), 4)
+    strengths = eased(strength_raster(tree, height // CELL_PX, width // CELL_PX), 4)
     strengths = functional.interpolate(strengths[None, None], (height, width), mode="bilinear")[0, 0, :, :, None]
     picture = evenly[levels[0]]
     for lower, upper in zip(levels, levels[1:]):
@@ -275,7 +279,7 @@ def faded(tree: trees.Quadtree, evenly: dict[float, torch.Tensor]) -> torch.Tens
     return picture
 
 
-def added_by_leaves(picture: torch.Tensor, tree: trees.Quadtree, evenly: dict[float, torch.Tensor]) -> tuple[float, float]:
+def added_by_leaves(picture: torch.Tensor, tree: Quadtree, evenly: dict[float, torch.Tensor]) -> tuple[float, float]:
     """What the borders between leaves of different strengths add, and the level beside them, see added_by.
 
     evenly: the picture sampled with one strength, for each strength in the tree; for 0 the original.
@@ -285,7 +289,7 @@ def added_by_leaves(picture: torch.Tensor, tree: trees.Quadtree, evenly: dict[fl
     return added_by(borders, picture, faded(tree, evenly), borders)
 
 
-def kept_edge_ratio(result: torch.Tensor, original: torch.Tensor, tree: trees.Quadtree) -> float:
+def kept_edge_ratio(result: torch.Tensor, original: torch.Tensor, tree: Quadtree) -> float:
     """Energy of the lines between kept and changed leaves over that of the same lines in the original.
 
     One side of them is the original, so nothing but an edge can differ.
@@ -392,7 +396,7 @@ def noise_seed(name: str, draw: int) -> int:
     return sum(name.encode()) + 1000 * draw
 
 
-def in_windows(tree: trees.Quadtree, **settings) -> TiledDiffusion:
+def in_windows(tree: Quadtree, **settings) -> TiledDiffusion:
     """The default settings, with windows small enough for the pictures."""
     return TiledDiffusion(tree, **{"min_window": WINDOW_PX, "max_window": WINDOW_PX} | settings)
 
@@ -417,7 +421,7 @@ class Way:
     method: str
     weight: object = None
 
-    def settings(self, tree: trees.Quadtree) -> TiledDiffusion:
+    def settings(self, tree: Quadtree) -> TiledDiffusion:
         return TiledDiffusion(tree, method=self.method, tile_overlap=self.overlap_px, min_window=self.window_px, max_window=self.window_px)
 
 
@@ -444,10 +448,10 @@ def compare_windows(bench: Bench, strength: float = 1.0) -> list[list]:
     """A row for each way to sample a picture evenly: seams (of all and worst), agreement, cost."""
     rows = []
     for way in all_ways():
-        with instead(windows, "blend_weight", way.weight or windows.blend_weight):
+        with instead(blending, "blend_weight", way.weight or blending.blend_weight):
             pairs_by_picture = [bench.even_pairs(name, strength, 2, way.settings(even_tree(picture, strength))) for name, picture in bench.pictures.items()]
         found = [pair for pairs in pairs_by_picture for pair in pairs]
-        cost = mean(painting.run.cost / whole_cost(painting.run) for painting, _ in found)
+        cost = mean(painting.run.ledger.cost / whole_cost(painting.run) for painting, _ in found)
         rows.append([
             way.label, way.window_px, way.overlap_px, *seams_and_agreement(pairs_by_picture),
             f"{mean(ms_ssim(painting.picture, whole) for painting, whole in found):.4f}", f"{cost:.2f}"])
@@ -457,8 +461,8 @@ def compare_windows(bench: Bench, strength: float = 1.0) -> list[list]:
 def compare_methods(bench: Bench, strength: float = 0.5) -> list[list]:
     """A row for each method and schedule at the default overlap: seams (of all and worst) and agreement with one window."""
     rows = []
-    for method in tiled_diffusion.METHODS:
-        for schedule in tiled_diffusion.SCHEDULES:
+    for method in sampling_run.METHODS:
+        for schedule in sampling_run.SCHEDULES:
             pairs_by_picture = [
                 [(bench.paint(name, in_windows(even_tree(picture, strength), method=method, schedule=schedule)), bench.evenly(name, strength, schedule))]
                 for name, picture in bench.pictures.items()
@@ -469,7 +473,7 @@ def compare_methods(bench: Bench, strength: float = 0.5) -> list[list]:
 
 def whole_cost(run) -> float:
     """The cost of the same calls with the whole canvas in one window."""
-    return run.calls * run.cost_of.of(*run.strengths.shape)
+    return run.ledger.calls * run.facts.cost_of.of(*run.facts.strengths.shape)
 
 
 EASINGS = (("img2img", 4), ("img2img", 2), ("img2img", 0), ("blend", 4), ("ramp", 4))
@@ -480,7 +484,7 @@ def compare_schedules(bench: Bench) -> list[list]:
     """A row for each schedule and easing: leaf borders and ghosts in patchworks."""
     rows = []
     for schedule, cells in EASINGS:
-        with instead(tiled_diffusion, "EASE_CELLS", cells):
+        with instead(sampling_run, "EASE_CELLS", cells):
             borders, ghosts, levels = zip(*(leaf_figures(bench, name, schedule) for name in bench.pictures))
         rows.append([schedule, str(cells), f"{mean(borders):.3f}", f"{max(borders):.3f}", *(f"{mean(shares):.2f}" for shares in zip(*ghosts))])
     rows.append(["whole canvas, img2img", "", "1.000", "1.000", *(f"{mean(shares):.2f}" for shares in zip(*levels))])
@@ -498,12 +502,12 @@ def leaf_figures(bench: Bench, name: str, schedule: str = "img2img") -> tuple[fl
         sums = added_by_leaves(painting.picture, tree, evenly)
         added, level = added + sums[0], level + sums[1]
     # Of the last, since only leaves of 128 px have a middle that others hardly reach.
-    middles = {strength: close(painting.run.strengths.cpu(), strength) for strength in PATCH_STRENGTHS[1:]}
+    middles = {strength: close(painting.run.facts.strengths.cpu(), strength) for strength in PATCH_STRENGTHS[1:]}
     ghosts = [ghost(painting.picture, picture, where) for where in middles.values()]
     return 1 + added / level, ghosts, [ghost(bench.img2img(name, strength), picture, where) for strength, where in middles.items()]
 
 
-def detail_painting(bench: Bench, name: str) -> tuple[trees.Quadtree, Painting]:
+def detail_painting(bench: Bench, name: str) -> tuple[Quadtree, Painting]:
     """A picture by the nodes' default settings, in small windows."""
     tree = detail_tree(bench.pictures[name])
     return tree, bench.once(("detail", name), lambda: bench.paint(name, in_windows(tree)))
@@ -526,9 +530,9 @@ def show_kept(bench: Bench) -> list[list]:
     rows = []
     for name, picture in bench.pictures.items():
         tree, painting = detail_painting(bench, name)
-        kept = trees.strength_raster(tree, *picture.shape[1:3]) == 0
+        kept = strength_raster(tree, *picture.shape[1:3]) == 0
         row = [name, f"{100 * float(kept.double().mean()):.0f} %"]
-        for result in (painting.picture, trees.composite(picture, painting.picture, tree)):
+        for result in (painting.picture, composite(picture, painting.picture, tree)):
             same = (result == picture)[0][kept].all(-1).double().mean()
             row += [f"{100 * float(same):.2f} %", f"{255 * float((result - picture)[0][kept].abs().max()):.1f}", f"{kept_edge_ratio(result, picture, tree):.3f}"]
         rows.append(row)
@@ -559,8 +563,8 @@ def draw_leaves(bench: Bench) -> None:
     name, picture = next(iter(bench.pictures.items()))
     tree = patchwork(picture, PATCH_STRENGTHS, 64, seed=64)
     found = [picture]
-    for cells in (0, tiled_diffusion.EASE_CELLS):
-        with instead(tiled_diffusion, "EASE_CELLS", cells):
+    for cells in (0, sampling_run.EASE_CELLS):
+        with instead(sampling_run, "EASE_CELLS", cells):
             found.append(bench.paint(name, one_window(TiledDiffusion(tree))).picture)
     save_strip("quality_leaves.png", [cut(each, 64, 128) for each in found])
 
@@ -575,7 +579,7 @@ def draw_kept(bench: Bench) -> None:
     """By detail: the original with its leaves, the result, the result after Quadtree Composite."""
     name, picture = next(iter(bench.pictures.items()))
     tree, painting = detail_painting(bench, name)
-    found = (trees.draw_quadtree(picture, tree, opacity=0.3), painting.picture, trees.composite(picture, painting.picture, tree))
+    found = (draw_quadtree(picture, tree, opacity=0.3), painting.picture, composite(picture, painting.picture, tree))
     save_strip("quality_kept.png", [cut(each, 96, 128) for each in found])
 
 

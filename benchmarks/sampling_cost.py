@@ -100,7 +100,7 @@ def overhead_part(tiny: bool) -> str:
 
 
 def run_of(patcher) -> tuple:
-    """A clone of a patched model and a list that gets the patch's state in each run."""
+    """A clone of a patched model and a list that gets what the patch knows of each call of a sampler node."""
     runs, clone = [], patcher.clone()
 
     def keep(executor, guider, sigmas, extra_args, *args, **kwargs):
@@ -116,7 +116,7 @@ def timed_run(model, tree, **settings) -> tuple[float, object, int]:
     patcher, runs = run_of(TiledDiffusion(tree, **settings).patched(model.patcher))
     with calls_of(patcher) as shapes:
         seconds = timed(lambda: sample(model, patcher, size=(tree.height, tree.width), steps=STEPS))
-    return seconds, runs[0], sum(shape[0] * shape[-2] * shape[-1] for shape in shapes)
+    return seconds, runs[0].runs[-1], sum(shape[0] * shape[-2] * shape[-1] for shape in shapes)
 
 
 def photo_rows(model, name: str, side: int, budgets) -> list[dict]:
@@ -129,10 +129,10 @@ def photo_rows(model, name: str, side: int, budgets) -> list[dict]:
     grids, rows = [full_grid()], []
     for budget, tree in trees.items():
         seconds, run, cells = timed_run(model, tree, min_window=256 // scale, max_window=largest, tile_overlap=overlap)
-        planned = planned_run(tree, steps=STEPS, sizes=run.sizes, cost=run.cost_of)
+        planned = planned_run(tree, steps=STEPS, sizes=run.facts.sizes, cost=run.facts.cost_of)
         at_2048 = planned_run(photo_tree(name, 2048, budget))
         rows.append({
-            "photo": name, "side": side, "budget": budget, "strength": at_2048.mean_strength, "planned": at_2048.cost, "own": run.cost / run.grid_cost,
+            "photo": name, "side": side, "budget": budget, "strength": at_2048.mean_strength, "planned": at_2048.cost, "own": run.ledger.cost / run.ledger.grid_cost,
             "seconds": seconds, "agree": cells == planned.cells})
     if side < 2048:
         grids.append(full_grid())  # once before and once after, as a machine's load changes

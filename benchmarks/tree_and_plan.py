@@ -6,9 +6,11 @@ import math
 import torch
 from measuring import medians, milliseconds, table
 from qtd_pack.nodes import QuadtreeFromImage
-from qtd_pack.quadtree import Leaf, Quadtree, Rect, build_quadtree
-from qtd_pack.tiled_diffusion import strengths_in_cells
-from qtd_pack.windows import full_grid, plan_blend, plan_windows, window_sizes
+from qtd_pack.quadtree import Leaf, Quadtree, build_quadtree
+from qtd_pack.utils import Rect
+from qtd_pack.sampling_run import strengths_in_cells
+from qtd_pack.blending import plan_blend
+from qtd_pack.windows import full_grid, plan_windows, window_sizes
 
 from plans import FLUX_DEV, load_photo
 

@@ -7,10 +7,10 @@ import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
 import tiny_models
-import torch
 from tiny_models import TinyModel, load
 
-from qtd_pack.quadtree import Leaf, Quadtree, Rect
+from qtd_pack.quadtree import Leaf, Quadtree
+from qtd_pack.utils import Rect
 from qtd_pack.tiled_diffusion import TiledDiffusion
 
 SIDE_PX = 256

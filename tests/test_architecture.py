@@ -46,18 +46,39 @@ def functions_of(module: types.ModuleType) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("name, allowed", [
-    ("quadtree", set()), ("denoise_schedule", set()), ("windows", {".quadtree"}), ("copies", set()),
-])
-def test_the_pure_modules_know_torch_and_at_most_the_tree(name, allowed):
-    outside = {
-        "__future__", "copy", "enum", "functools", "inspect", "json", "math", "dataclasses", "collections.abc", "torch", "torch.nn.functional", "types", "weakref"}
-    assert imports(ROOT / f"{name}.py") - outside <= allowed
+# What needs no host, and what of the pack it may know.
+PURE = {
+    "utils": set(), "copies": set(), "denoise_schedule": set(), "clock": {"denoise_schedule"}, "quadtree": {"utils"},
+    "placement": {"quadtree", "utils"}, "strengths": {"placement", "quadtree", "utils"}, "painting": {"placement", "quadtree", "utils"},
+    "drawing": {"quadtree", "utils"}, "compositing": {"placement", "quadtree", "utils"}, "windows": {"utils"}, "blending": {"utils", "windows"},
+}
+OUTSIDE = {
+    "__future__", "copy", "enum", "fractions", "functools", "inspect", "itertools", "json", "math", "dataclasses", "collections.abc", "torch",
+    "torch.nn.functional", "types", "weakref"}
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_the_pure_modules_know_torch_and_little_else(name):
+    assert imports(ROOT / f"{name}.py") - OUTSIDE <= {f".{other}" for other in PURE[name]}
 
 
 def test_the_pure_modules_import_without_a_host():
-    code = "import sys, types; pack = types.ModuleType('pack'); pack.__path__ = [sys.argv[1]]; sys.modules['pack'] = pack; import pack.quadtree, pack.denoise_schedule, pack.windows; assert not any(name.split('.')[0] == 'comfy' for name in sys.modules)"
+    names = ", ".join(f"pack.{name}" for name in PURE)
+    code = f"import sys, types; pack = types.ModuleType('pack'); pack.__path__ = [sys.argv[1]]; sys.modules['pack'] = pack; import {names}; assert not any(name.split('.')[0] == 'comfy' for name in sys.modules)"
     subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True, cwd=ROOT.parent)
+
+
+def test_modules_import_each_other_in_one_direction():
+    knows = {path.stem: {name[1:] for name in imports(path) if name.startswith(".") and len(name) > 1} for path in SHIPPED}
+    while knows:
+        first = {name for name, others in knows.items() if not others & knows.keys()}
+        assert first, f"in a circle: {sorted(knows)}"
+        knows = {name: others for name, others in knows.items() if name not in first}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_no_file_of_the_pack_is_longer_than_400_lines(path):
+    assert len(path.read_text().splitlines()) <= 400
 
 
 def test_importing_and_loading_the_pack_changes_no_function_of_the_host():

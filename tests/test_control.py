@@ -195,7 +195,7 @@ def test_windows_that_are_gone_leave_nothing_behind():
     held = []
 
     def count(call):
-        held.append(len(call.transformer_options[KEY].copies))
+        held.append(len(call.transformer_options[KEY].ledger.copies))
         return echoed(call)
     model = load("sd15")
     patcher = with_prediction(tiled(model.patcher, method="SpotDiffusion", tile_batch_size=1), count)
@@ -218,7 +218,7 @@ def test_the_users_control_is_not_changed(kind):
 def test_each_device_has_its_windows():
     from qtd_pack.canvas import Canvas
     from qtd_pack.control import cut_control
-    from qtd_pack.quadtree import Rect
+    from qtd_pack.utils import Rect
     hint, device = picture(HEIGHT_PX, WIDTH_PX).movedim(-1, 1), torch.device("meta")
     control = echo_control().set_cond_hint(hint)
     control.previous_controlnet = echo_control().set_cond_hint(hint.flip(-1))

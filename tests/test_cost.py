@@ -9,10 +9,13 @@ from conftest import ROOT, load_module
 from counting import LiveBytes, Operations
 from sampling import calls_of, even_tree, load, patched, sample, striped_tree, with_prediction
 
-from qtd_pack import tiled_diffusion
-from qtd_pack.quadtree import Leaf, Quadtree, Rect
-from qtd_pack.tiled_diffusion import KEY, TiledDiffusion, window_cost
-from qtd_pack.windows import WindowCost, full_grid, plan_blend, plan_windows, window_sizes
+from qtd_pack import sampling_run
+from qtd_pack.quadtree import Leaf, Quadtree
+from qtd_pack.utils import Rect
+from qtd_pack.model_facts import window_cost
+from qtd_pack.tiled_diffusion import KEY, TiledDiffusion
+from qtd_pack.blending import plan_blend
+from qtd_pack.windows import WindowCost, full_grid, plan_windows, window_sizes
 
 plans = load_module("qtd_plans", ROOT / "benchmarks" / "plans.py")
 
@@ -41,16 +44,16 @@ def shapes_seen(model, patcher, **options) -> list[tuple[int, ...]]:
 
 def watched_run(model, patcher, **options):
     """The state of the patch after a run."""
-    runs = []
+    calls = []
     clone = patcher.clone()
 
     def keep(executor, guider, sigmas, extra_args, *args, **kwargs):
-        runs.append(extra_args["model_options"]["transformer_options"][KEY])
+        calls.append(extra_args["model_options"]["transformer_options"][KEY])
         return executor(guider, sigmas, extra_args, *args, **kwargs)
 
     clone.add_wrapper_with_key("sampler_sample", "watched_run", keep)
     sample(model, clone, **options)
-    return runs[0]
+    return calls[0].runs[-1]
 
 
 @pytest.mark.parametrize("budget, most", [(0.25, 0.30), (0.4, 0.50), (0.6, 0.80)])
@@ -114,8 +117,8 @@ def test_cost_grows_in_proportion_to_the_area_up_to_16384_px():
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_sde"])
 def test_plans_are_made_once_for_each_set_of_active_leaves(model, monkeypatch, schedule, most, sampler):
     made = []
-    real = tiled_diffusion.plan_windows
-    monkeypatch.setattr(tiled_diffusion, "plan_windows", lambda *args: made.append(args[-1]) or real(*args))
+    real = sampling_run.plan_windows
+    monkeypatch.setattr(sampling_run, "plan_windows", lambda *args: made.append(args[-1]) or real(*args))
     patcher = with_prediction(patched(model, striped_tree(0.25, 0.5, 0.75, 1.0, leaf=64), schedule=schedule), lambda x, sigma: 0.5 * x)
     sample(model, patcher, steps=STEPS, sampler=sampler)
     assert 1 <= len(made) <= most
@@ -123,8 +126,8 @@ def test_plans_are_made_once_for_each_set_of_active_leaves(model, monkeypatch, s
 
 def test_spotdiffusion_plans_once_for_each_set_and_each_shift(model, monkeypatch):
     made = []
-    real = tiled_diffusion.plan_windows
-    monkeypatch.setattr(tiled_diffusion, "plan_windows", lambda *args: made.append(args[-1]) or real(*args))
+    real = sampling_run.plan_windows
+    monkeypatch.setattr(sampling_run, "plan_windows", lambda *args: made.append(args[-1]) or real(*args))
     patcher = with_prediction(patched(model, even_tree(1.0), method="SpotDiffusion", shift_method="sorted"), lambda x, sigma: 0.5 * x)
     sample(model, patcher, steps=STEPS, sampler="heun")
     assert len(made) == len(set(made)) <= STEPS
@@ -134,8 +137,8 @@ def test_the_run_keeps_account_of_what_it_planned(model):
     tree = plans.photo_tree("coffee", 512, 0.4, min_leaf=32, max_leaf=256)
     patcher = with_prediction(TiledDiffusion(tree, min_window=64, max_window=256, tile_overlap=16).patched(model.patcher), lambda x, sigma: 0.5 * x)
     run = watched_run(model, patcher, size=(tree.height, tree.width), steps=STEPS)
-    planned = plans.planned_run(tree, steps=STEPS, sizes=run.sizes, cost=run.cost_of)
-    assert run.cost / run.grid_cost == pytest.approx(planned.cost)
+    planned = plans.planned_run(tree, steps=STEPS, sizes=run.facts.sizes, cost=run.facts.cost_of)
+    assert run.ledger.cost / run.ledger.grid_cost == pytest.approx(planned.cost)
 
 
 @pytest.mark.parametrize("family, expected", [
@@ -149,7 +152,7 @@ def test_the_run_keeps_account_of_what_it_planned(model):
 def test_a_window_costs_what_its_family_needs(family, expected):
     tiny = load(family)
     run = watched_run(tiny, with_prediction(patched(tiny, even_tree(1.0)), lambda x, sigma: x), steps=1)
-    assert run.cost_of == expected
+    assert run.facts.cost_of == expected
 
 
 def free_bytes(monkeypatch, model, windows: float):

@@ -4,7 +4,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtd_pack.denoise_schedule import SCHEDULES, Clock, eased, falling_part, on_steps, progress_at, share_at, txt2img_share_at
+from qtd_pack.clock import Clock, falling_part, progress_at
+from qtd_pack.denoise_schedule import SCHEDULES, eased, on_steps, share_at, txt2img_share_at
 
 STRENGTHS = torch.linspace(0, 1, 101)
 PROGRESS = [step / 20 for step in range(21)]

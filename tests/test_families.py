@@ -9,9 +9,11 @@ import torch
 from sampling import patched, sample, with_prediction
 from tiny_models import FAMILIES, load, recorded
 
-from qtd_pack.quadtree import Quadtree, quadtree_from_mask
-from qtd_pack.tiled_diffusion import KEY, patch_cells
-from qtd_pack.windows import METHODS
+from qtd_pack.quadtree import Quadtree
+from qtd_pack.strengths import quadtree_from_mask
+from qtd_pack.model_facts import patch_cells
+from qtd_pack.tiled_diffusion import KEY
+from qtd_pack.blending import METHODS
 
 # Family: (px of a cell, cells of a patch). A UNet halves its input three times.
 SCALES = {
@@ -83,7 +85,7 @@ def test_cells_and_patches_are_those_of_the_family(name):
 def test_the_cost_of_a_window_is_that_of_the_family(name):
     patcher, calls = recorded(tiled(name, "MultiDiffusion", tree(name, 1.0, 1.0)))
     run(name, patcher, load(name).latent(*size_px(name)), steps=1)
-    cost = calls[0].transformer_options[KEY].cost_of
+    cost = calls[0].transformer_options[KEY].facts.cost_of
     assert (cost.frames, cost.text_tokens, cost.width, cost.patch) == (*COSTS[name], SCALES[name][1])
 
 

@@ -137,7 +137,7 @@ def seen_by_a_window(control):
     """The copy of a control for the window of cells 8..24 x 16..40."""
     from qtd_pack.canvas import Canvas
     from qtd_pack.control import cut_control
-    from qtd_pack.quadtree import Rect
+    from qtd_pack.utils import Rect
     canvas = Canvas(load("sd15").patcher.model, (1, 4, 51, 67), CPU, 8, {}, {})
     return cut_control(control, [Rect(8, 16, 24, 40)], Rect(0, 0, 51, 67), canvas)
 

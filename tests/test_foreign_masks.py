@@ -11,7 +11,7 @@ from tiny_controls import picture
 from tiny_models import drawer, load
 
 from qtd_pack.patches import WINDOWS
-from qtd_pack.quadtree import quadtree_from_mask
+from qtd_pack.strengths import quadtree_from_mask
 from qtd_pack.tiled_diffusion import TiledDiffusion
 
 # Cells are 32 x 48.

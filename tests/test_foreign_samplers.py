@@ -9,7 +9,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from sampling import SIDE_PX, even_tree, load, patched, sample, striped_tree, with_prediction
+from sampling import SIDE_PX, even_tree, load, patched, striped_tree, with_prediction
 
 FAMILIES = ["flux_schnell", "sd15", "wan21_t2v"]
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -157,7 +157,7 @@ def run_of(model_options):
 
 
 def log_lines(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name.endswith("tiled_diffusion") and record.levelno == logging.WARNING]
+    return [record.getMessage() for record in caplog.records if record.name.startswith("qtd_pack") and record.levelno == logging.WARNING]
 
 
 def stopping_after(steps: int, calls_back=True):

@@ -21,7 +21,7 @@ from seen import assert_windows_are_their_parts_alone
 from tiny_models import recorded
 
 from qtd_pack import foreign
-from qtd_pack.quadtree import quadtree_from_mask
+from qtd_pack.strengths import quadtree_from_mask
 from qtd_pack.tiled_diffusion import TiledDiffusion
 
 ROWS = torch.tensor([1.3, 0.4])

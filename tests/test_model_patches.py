@@ -31,8 +31,10 @@ from comfy_extras.nodes_tcfg import TCFG
 from sampling import SIDE_PX, even_tree, load, sample, striped_tree
 from tiny_models import recorded
 
-from qtd_pack.quadtree import Quadtree, quadtree_from_mask
-from qtd_pack.tiled_diffusion import TiledDiffusion, _frames
+from qtd_pack.quadtree import Quadtree
+from qtd_pack.strengths import quadtree_from_mask
+from qtd_pack.sampling_run import _frames
+from qtd_pack.tiled_diffusion import TiledDiffusion
 
 HALF = SIDE_PX // 2
 WINDOWS = dict(min_window=128, max_window=128, tile_overlap=0)

@@ -16,7 +16,9 @@ from sampling import striped_tree
 
 from qtd_pack import preview
 from qtd_pack.preview import Pictures, answer_to, describe, estimated_cost, measure, tree_of
-from qtd_pack.quadtree import Leaf, Quadtree, Rect, build_quadtree, painted_cells, parse_edits
+from qtd_pack.painting import painted_cells
+from qtd_pack.quadtree import Leaf, Quadtree, build_quadtree
+from qtd_pack.utils import Rect
 
 SETTINGS = {
     "detail_budget": 0.4, "content_threshold": 25.0, "min_leaf": 64, "max_leaf": 1024, "min_denoise": 0.0, "max_denoise": 1.0,

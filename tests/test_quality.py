@@ -44,7 +44,7 @@ def test_no_line_shows_between_leaves_and_no_more_of_the_original_than_in_whole_
 
 
 def test_without_easing_lines_show_between_leaves(bench, monkeypatch):
-    monkeypatch.setattr(quality.tiled_diffusion, "EASE_CELLS", 0)
+    monkeypatch.setattr(quality.sampling_run, "EASE_CELLS", 0)
     assert quality.leaf_figures(bench, NAMES[0])[0] > 1.2
 
 

@@ -12,7 +12,7 @@ from nodes import KSampler, KSamplerAdvanced
 from sampling import SIDE_PX, even_tree, load, striped_tree
 
 from qtd_pack.nodes import QuadtreeTiledDiffusion
-from qtd_pack.windows import METHODS
+from qtd_pack.blending import METHODS
 
 HALF = SIDE_PX // 2
 SETTINGS = dict(
@@ -122,7 +122,7 @@ def test_two_stages_with_original_and_sigmas_are_one(redrawn, name, method):
 def test_a_second_stage_without_original_says_so_and_preserves_nothing(model, redrawn, caplog):
     latent = picture(model)
     out = redrawn(model, tiled(model), latent)["samples"] - latent["samples"]
-    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING and record.name.endswith("tiled_diffusion")] == [
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING and record.name.startswith("qtd_pack")] == [
         "this stage starts without noise, so it cannot know the original: nothing is preserved. Connect the encoded picture to `original`."]
     assert all(half.abs().mean() > 0.1 for half in out.chunk(2, dim=-1))
 

@@ -9,8 +9,8 @@ from comfy.patcher_extension import WrappersMP
 from sampling import SIDE_PX, even_tree, load, patched, sample, striped_tree
 from tiny_models import recorded
 
-from qtd_pack.quadtree import Rect
-from qtd_pack.windows import SHIFTS
+from qtd_pack.utils import Rect
+from qtd_pack.blending import SHIFTS
 
 SPOT = dict(method="SpotDiffusion", min_window=128, max_window=128)
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from sampling import SIDE_PX, calls_of, even_tree, load, patched, sample, striped_tree, with_prediction
 
-from qtd_pack.quadtree import Edit, Edits, adjust_quadtree, build_quadtree, edit_quadtree, quadtree_from_mask
+from qtd_pack.painting import Edit, Edits, edit_quadtree
+from qtd_pack.quadtree import build_quadtree
+from qtd_pack.strengths import adjust_quadtree, quadtree_from_mask
 from qtd_pack.tiled_diffusion import KEY, TiledDiffusion
 
 FLUX = "flux_schnell"
@@ -153,7 +155,7 @@ def test_skip_diffusion_below_keeps_and_does_not_run_weaker_leaves(model):
 def test_one_line_says_what_the_run_did(model, caplog):
     caplog.set_level(logging.INFO)
     sample(model, patched(model, striped_tree(0.0, 1.0), min_window=128, max_window=128), steps=4)
-    lines = [record.getMessage() for record in caplog.records if record.name.endswith("tiled_diffusion")]
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("qtd_pack")]
     assert lines == ["8 windows over 4 steps, 0.50 of the cost of the full grid's 16; 50 % of the picture kept exactly"]
 
 
@@ -245,11 +247,11 @@ def test_memory_is_set_aside_for_a_window_and_not_for_the_canvas(model, monkeypa
 
 
 def test_packed_and_flat_latents_are_refused():
-    from qtd_pack.tiled_diffusion import _check_latent
+    from qtd_pack.refusals import check_latent
     with pytest.raises(ValueError, match="cannot be tiled"):
-        _check_latent(torch.zeros(1, 1, 100), [(1, 16, 2, 4, 4), (1, 8, 10)])
+        check_latent(torch.zeros(1, 1, 100), [(1, 16, 2, 4, 4), (1, 8, 10)])
     with pytest.raises(ValueError, match="cannot be tiled"):
-        _check_latent(torch.zeros(1, 64, 100), None)
+        check_latent(torch.zeros(1, 64, 100), None)
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -323,7 +325,7 @@ def test_a_strength_that_was_meant_is_the_hosts_sampler_started_at_its_step(name
 
 
 def warnings_of(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name.endswith("tiled_diffusion") and record.levelno == logging.WARNING]
+    return [record.getMessage() for record in caplog.records if record.name.startswith("qtd_pack") and record.levelno == logging.WARNING]
 
 
 @pytest.mark.parametrize("strengths, steps, line, warning", [
@@ -391,7 +393,7 @@ def test_a_latent_that_looks_half_sampled_is_not_taken_for_an_original_in_silenc
 
 
 def test_a_run_tells_how_far_a_step_is_and_in_the_end_what_it_did(model, monkeypatch):
-    monkeypatch.setattr("qtd_pack.tiled_diffusion.TELL_EVERY", 0.0)
+    monkeypatch.setattr("qtd_pack.sampling_run.TELL_EVERY", 0.0)
     told = []
     latent = model.latent(SIDE_PX, SIDE_PX)
     sample(model, patched(model, striped_tree(0.0, 1.0), tell=lambda line, **values: told.append((line, values)), tile_batch_size=1), latent, steps=2)

@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 
-from qtd_pack.quadtree import Rect
-from qtd_pack.windows import (
-    METHODS, SHIFTS, TilePlan, Window, WindowCost, WindowSizes, blend_weight, full_grid, group_windows, plan_blend, plan_windows, shift_offsets, slices,
-    window_sizes)
+from qtd_pack.utils import Rect, slices
+from qtd_pack.blending import METHODS, SHIFTS, blend_weight, plan_blend, shift_offsets
+from qtd_pack.windows import TilePlan, Window, WindowCost, WindowSizes, full_grid, group_windows, plan_windows, window_sizes
 
 SMALL = WindowSizes((4, 8), 2)
 COSTS = {"no text": WindowCost(2, 1, 0, 64), "much text": WindowCost(2, 1, 40, 64), "attention": WindowCost(2, 1, 0, 1), "video": WindowCost(1, 5, 9, 64)}

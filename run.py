@@ -381,11 +381,12 @@ def take_version(words: list[str]) -> tuple[str | None, list[str]]:
 
 
 def main(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(HELP)
-        return 0
     try:
-        version, (command, *given) = take_version(words)
+        version, words = take_version(words)
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(HELP)
+            return 0
+        command, given = words[0], words[1:]
         if sys.version_info < OLDEST_PYTHON:
             version = platform.python_version()
             raise SetupError(f"Python {version} ({sys.executable}) is too old; 3.10 or newer is needed.")

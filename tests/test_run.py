@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,52 @@ def test_a_half_made_environment_is_remade_and_a_complete_one_is_kept(run, bare_
     left_over.mkdir()
     run.prepare("test")
     assert left_over.exists()
+
+
+def test_an_earlier_comfyui_is_laid_over_the_environment_of_the_pinned_one(run, bare_host, monkeypatch):
+    fetched = []
+
+    def fetch(pip, folder, log, version=run.HOST_VERSION):
+        fetched.append(version)
+        shutil.copytree(bare_host, folder)
+
+    monkeypatch.setattr(run, "fetch_host", fetch)
+    python, host = run.prepare("test", "0.20.1")
+    base, pinned = run.prepare("test", "0.30.0")
+    assert fetched == ["0.30.0", "0.20.1"]
+    assert len({python, base}) == len({host, pinned}) == 2
+    (run.packages_of(base.parent.parent) / "of_the_base.py").write_text("value = 5\n")
+    assert subprocess.check_output([python, "-c", "import of_the_base; print(of_the_base.value)"], text=True) == "5\n"
+    assert run.prepare("test", "0.20.1") == (python, host)
+    assert len(fetched) == 2
+
+
+def test_a_version_that_is_asked_for_goes_before_a_comfyui_of_the_users_own(run, bare_host, monkeypatch):
+    monkeypatch.setenv("COMFYUI_DIR", str(bare_host))
+    monkeypatch.setattr(run, "make_once", lambda env, host, make: None)
+    assert run.prepare("test", "0.24.1")[1] == run.cache_folder() / "host-8729230576c5"
+    assert run.prepare("test", "0.30.0")[1] == run.cache_folder() / "host-de5d0c3204f9"
+
+
+@pytest.mark.parametrize(
+    "words, version, others",
+    [
+        (["test", "-q"], None, ["test", "-q"]),
+        (["test", "--host", "0.20.1", "-q"], "0.20.1", ["test", "-q"]),
+        (["test", "-q", "--host=0.27.0"], "0.27.0", ["test", "-q"]),
+        (["serve", "--base=x"], None, ["serve", "--base=x"]),
+    ],
+)
+def test_the_version_is_taken_out_of_the_words(run, words, version, others):
+    assert run.take_version(words) == (version, others)
+
+
+@pytest.mark.parametrize("words", [["--host"], ["--host", "1.2.3"], ["--host="]])
+def test_a_version_that_cannot_be_had_is_refused_with_those_that_can(words):
+    shown = call("test", *words)
+    assert shown.returncode == 1
+    assert "--host: expected one of 0.30.0, 0.27.0, 0.26.0, 0.24.1, 0.20.1, got " in shown.stderr
+    assert "Traceback" not in shown.stderr
 
 
 def test_a_python_without_ensurepip_fills_the_environment_with_its_own_pip(run, bare_host, monkeypatch):

@@ -388,8 +388,7 @@ def main(words: list[str]) -> int:
             return 0
         command, given = words[0], words[1:]
         if sys.version_info < OLDEST_PYTHON:
-            version = platform.python_version()
-            raise SetupError(f"Python {version} ({sys.executable}) is too old; 3.10 or newer is needed.")
+            raise SetupError(f"Python {platform.python_version()} ({sys.executable}) is too old; 3.10 or newer is needed.")
         if command not in COMMANDS:
             raise SetupError(f"no command {command!r}; there are {', '.join(COMMANDS)}. See: python run.py --help")
         python, host = prepare(command, version)

@@ -33,7 +33,7 @@ def _min_leaf():
 
 
 def _max_leaf():
-    return io.Int.Input("max_leaf", default=1024, min=8, max=8192, step=8, tooltip="Side of the largest leaves, in pixels: min_leaf doubled some times (128, 256, 512, 1024 for 64).")
+    return io.Int.Input("max_leaf", default=0, min=0, max=8192, step=8, tooltip="Side of the largest leaves, in pixels: min_leaf doubled some times (128, 256, 512, 1024 for 64). 0 fits the picture: about a quarter of its longer side.")
 
 
 def _first_problem(node, *checks) -> bool | str:

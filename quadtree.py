@@ -107,7 +107,7 @@ def coarsen(cells: CellStatistics, factor: int) -> CellStatistics:
 
 def build_quadtree(
     image: torch.Tensor, *, detail_budget: float = 0.4, content_threshold: float = 25.0, min_leaf: int = 64,
-    max_leaf: int = 1024, min_denoise: float = 0.0, max_denoise: float = 1.0, metric: str = "variance",
+    max_leaf: int = 0, min_denoise: float = 0.0, max_denoise: float = 1.0, metric: str = "variance",
 ) -> Quadtree:
     """Build one tree for all images of a batch; a leaf's content is the maximum over them.
 
@@ -127,10 +127,11 @@ def grow_quadtree(
     """Split while the content exceeds a threshold, and give every leaf its strength.
 
     cells: one per smallest leaf. detail_budget: share of the picture to redraw, 0..1; 0 takes content_threshold
-    (0..255 scale) as it is. A leaf's strength runs from min_denoise at max_leaf to max_denoise at the
-    smallest leaf, in log2 of the side.
+    (0..255 scale) as it is. max_leaf: 0 fits the picture, see largest_leaf. A leaf's strength runs from min_denoise at
+    max_leaf to max_denoise at the smallest leaf, in log2 of the side.
     """
     check_leaves(cells.cell_px, max_leaf)
+    max_leaf = largest_leaf(cells.cell_px, max_leaf, cells.height, cells.width)
     check_share("detail_budget", detail_budget)
     check_strengths(min_denoise, max_denoise)
     if content_threshold < 0:
@@ -145,8 +146,21 @@ def grow_quadtree(
     return collect_leaves(cells.height, cells.width, cells.cell_px, max_leaf, level, at_level(contents, level), strength)
 
 
+def largest_leaf(min_leaf: int, max_leaf: int, height: int, width: int) -> int:
+    """The side of the largest leaves: max_leaf, or for 0 what fits a height x width picture.
+
+    That is min_leaf doubled to about a quarter of the longer side, and once at least: at a budget of 0.4, photos of 1 to 16
+    megapixels then keep a third to a half of themselves exactly (benchmarks/RESULTS.md).
+    """
+    if max_leaf:
+        return max_leaf
+    return min_leaf << max(round(math.log2(max(height, width) / 4 / min_leaf)), 1)
+
+
 def check_leaves(min_leaf: int, max_leaf: int) -> None:
-    """Raise Refusal unless max_leaf is min_leaf doubled a whole number of times."""
+    """Raise Refusal unless max_leaf is min_leaf doubled a whole number of times, or 0 for what fits the picture."""
+    if min_leaf >= 1 and max_leaf == 0:
+        return
     if min_leaf < 1 or max_leaf < min_leaf:
         raise Refusal(
             "min_leaf_at_most", "min_leaf: expected 1 px or more and at most max_leaf ({max_leaf}), got {min_leaf}. Make min_leaf smaller or max_leaf larger.",

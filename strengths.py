@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 
 from .placement import Span, find_placement
-from .quadtree import Quadtree, at_level, check_leaves, check_strengths, collect_leaves, grids_of, leaf_level, levels_between, split_uneven
+from .quadtree import Quadtree, at_level, check_leaves, check_strengths, collect_leaves, grids_of, largest_leaf, leaf_level, levels_between, split_uneven
 from .utils import pool
 
 # What becomes of a leaf of the smallest size that holds black and other pixels of a mask.
@@ -17,7 +17,7 @@ BLACK = 0.5 / 255
 MASK_GRID = 5100
 
 
-def quadtree_from_mask(mask: torch.Tensor, *, min_leaf: int = 64, max_leaf: int = 1024, edges: str = "keep black") -> Quadtree:
+def quadtree_from_mask(mask: torch.Tensor, *, min_leaf: int = 64, max_leaf: int = 0, edges: str = "keep black") -> Quadtree:
     """Build a tree whose strengths are a mask's: leaves are as large as the mask is even.
 
     mask: (B, H, W) or (H, W) in 0..1, white = 1 = redraw; of several the maximum counts.
@@ -28,6 +28,7 @@ def quadtree_from_mask(mask: torch.Tensor, *, min_leaf: int = 64, max_leaf: int 
     if edges not in MASK_EDGES:
         raise ValueError(f"edges: expected one of {', '.join(MASK_EDGES)}, got {edges!r}.")
     mask = _flat_mask(mask, "mask")
+    max_leaf = largest_leaf(min_leaf, max_leaf, *mask.shape)
     levels = levels_between(min_leaf, max_leaf)
     area = pool(torch.ones_like(mask), min_leaf, torch.sum)
     mean, low, high = (pool(mask, min_leaf, how) for how in (torch.sum, torch.amin, torch.amax))

@@ -151,7 +151,7 @@ LEAVES, STRENGTHS, WINDOWS = ("min_leaf", "max_leaf"), ("min_denoise", "max_deno
     (tree_graph, "tree", {"min_leaf": 64, "max_leaf": 1000}, LEAVES, "max_leaf: expected min_leaf (64) doubled some times, got 1000. The nearest are 512 and 1024."),
     (tree_graph, "tree", {"min_leaf": 256, "max_leaf": 128}, LEAVES, "min_leaf: expected 1 px or more and at most max_leaf (128), got 256. Make min_leaf smaller or max_leaf larger."),
     (tree_graph, "tree", {"min_leaf": -8}, LEAVES, "min_leaf: expected 8 to 1024, got -8."),
-    (tree_graph, "tree", {"max_leaf": 1 << 14}, LEAVES, "max_leaf: expected 8 to 8192, got 16384."),
+    (tree_graph, "tree", {"max_leaf": 1 << 14}, LEAVES, "max_leaf: expected 0 to 8192, got 16384."),
     (tree_graph, "tree", {"min_denoise": 0.9, "max_denoise": 0.2}, STRENGTHS, "min_denoise: expected at most max_denoise (0.2), got 0.9. To redraw flat parts instead, use Quadtree Adjust with invert."),
     (tree_graph, "tree", {"max_denoise": 1.5}, STRENGTHS, "max_denoise: expected 0.0 to 1.0, got 1.5."),
     (tree_graph, "tree", {"min_denoise": float("nan")}, STRENGTHS, "min_denoise: expected 0.0 to 1.0, got nan."),

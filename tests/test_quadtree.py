@@ -8,7 +8,7 @@ from pictures import built, busy_corner, by_threshold, flat, layout, photo
 from qtd_pack.compositing import composite
 from qtd_pack.drawing import draw_quadtree
 from qtd_pack.placement import sides_in_proportion, strength_raster
-from qtd_pack.quadtree import build_quadtree, measure_cells
+from qtd_pack.quadtree import build_quadtree, largest_leaf, measure_cells
 from qtd_pack.strengths import adjust_quadtree, quadtree_from_mask
 
 
@@ -134,3 +134,15 @@ def test_statistics_at_a_fine_grid_give_the_same_tree_as_at_the_leafs():
     fine = grow_quadtree(coarsen(measure_cells(photo(), 8), 4), **settings)
     direct = grow_quadtree(measure_cells(photo(), 32), **settings)
     assert layout(fine) == layout(direct)
+
+
+@pytest.mark.parametrize("min_leaf, height, width, largest", [
+    (64, 1024, 1024, 256), (64, 1024, 1536, 512), (64, 2048, 1365, 512), (64, 4096, 4096, 1024), (32, 1024, 768, 256), (64, 200, 300, 128), (64, 40, 30, 128)])
+def test_without_a_size_of_their_own_the_largest_leaves_fit_the_picture(min_leaf, height, width, largest):
+    assert largest_leaf(min_leaf, 0, height, width) == largest
+    picture = torch.rand(1, height, width, 3)
+    assert build_quadtree(picture, min_leaf=min_leaf, max_leaf=0) == build_quadtree(picture, min_leaf=min_leaf, max_leaf=largest)
+
+
+def test_largest_leaves_by_hand_stay_as_they_are():
+    assert largest_leaf(64, 1024, 100, 100) == 1024

@@ -25,36 +25,92 @@ from .masks import cut_attention
 from .patches import bring_patches
 from .utils import Rect, common_part, cut, in_units_of, moved_to, parts_in_window
 
+# What the host reads of an entry and can have only one of in a batch.
+SAME_IN_A_BATCH = ("area", "default", "hooks", "mask_strength", "strength", "timestep_end", "timestep_start")
+
 # A conditioning of another size than the latent's is enlarged this often, if window borders run through its cells.
 FINEST_SPLIT = 8
 
 
-def cut_conds(conds: Sequence[list[dict] | None], rects: Sequence[Rect], canvas: Canvas) -> list[list[dict] | None]:
-    """Cut every conditioning to a batch of windows of one shape and one kind (see kind_of_window)."""
-    return [None if entries is None else [part for entry in entries for part in _cut_entry(entry, rects, canvas)] for entries in conds]
+def cut_conds(conds: Sequence[Sequence[list[dict] | None]], rects: Sequence[Rect], canvas: Canvas) -> list[list[dict] | None]:
+    """Cut the conditionings of each window of a batch, of one shape and one kind (see kind_of_window), to it."""
+    return [
+        None if of_windows[0] is None else [part for entries in zip(*of_windows) for part in _cut_entries(entries, rects, canvas)]
+        for of_windows in zip(*conds)]
 
 
-def kind_of_window(conds: Sequence[list[dict] | None], rect: Rect, size: tuple[int, int]) -> Hashable:
-    """Windows of one kind may share a batch: the host takes one area, and one set of boxes, per conditioning and batch.
-
-    size: (height, width) of the canvas.
-    """
-    return tuple(_kind_of_entry(entry, rect, size) for entries in conds if entries is not None for entry in entries)
+def kind_of_window(conds: Sequence[list[dict] | None], rect: Rect, canvas: Canvas) -> Hashable:
+    """Windows of one kind may share a batch: the host takes one area, and one set of boxes, per conditioning and batch."""
+    return tuple(entries and tuple(_kind_of_entry(entry, rect, canvas) for entry in entries) for entries in conds)
 
 
-def _kind_of_entry(entry: dict, rect: Rect, size: tuple[int, int]) -> Hashable:
-    parts = [part for part, _ in _parts_of_entry(entry, rect, size)]
+def _kind_of_entry(entry: dict, rect: Rect, canvas: Canvas) -> Hashable:
+    parts = [part for part, _ in _parts_of_entry(entry, rect, canvas.size)]
     if not parts:
         return None
-    boxes = [(id(text), *place) for part in parts for text, *place in _boxes_in_window(entry, rect, part, size)] if "gligen" in entry else []
+    boxes = [(id(text), *place) for part in parts for text, *place in _boxes_in_window(entry, rect, part, canvas.size)] if "gligen" in entry else []
     # The guides of LTX-Video are described for a whole batch by one list, and other packs may take rows for images.
     is_alone = "keyframe_idxs" in entry["model_conds"] or counts_rows(entry.get("control")) or bring_patches(entry.get("hooks"))
-    return tuple(parts) if "area" in entry else (), tuple(boxes), rect if is_alone else None
+    return tuple(parts) if "area" in entry else (), tuple(boxes), rect if is_alone else None, _number_among_alike(entry, canvas)
+
+
+def _number_among_alike(entry: dict, canvas: Canvas) -> int:
+    """The same for entries that the host can evaluate together, each for a window of its own."""
+    groups, key = canvas.prepared.setdefault("alike", []), (entry["uuid"], entry.get("strength"))
+    for number, group in enumerate(groups):
+        known = key in group and group[key]["model_conds"] is entry["model_conds"]
+        if known or all(_are_alike(entry, other, canvas.rows) for other in group.values()):
+            group[key] = entry
+            return number
+    groups.append({key: entry})
+    return len(groups) - 1
+
+
+def _are_alike(entry: dict, other: dict, rows: int) -> bool:
+    """Whether two entries differ in nothing but what the model made of them, and that can be concatenated as the host does it."""
+    shapes = [one["mask"].shape[1:] if "mask" in one else None for one in (entry, other)]
+    conds, others = entry["model_conds"], other["model_conds"]
+    return (
+        all(entry.get(key) is other.get(key) for key in ("control", "gligen"))
+        and all(entry.get(key) == other.get(key) for key in SAME_IN_A_BATCH)
+        and shapes[0] == shapes[1] and conds.keys() == others.keys() and all(_can_join(conds[key], others[key], rows) for key in conds))
+
+
+def _can_join(cond, other, rows: int) -> bool:
+    return type(cond) is type(other) and _as_rows(cond, rows).can_concat(_as_rows(other, rows))
+
+
+def _as_rows(cond, rows: int):
+    """What the host makes of a value for so many images, its area left as it is."""
+    return cond.process_cond(batch_size=rows, area=None)
 
 
 def _parts_of_entry(entry: dict, rect: Rect, size: tuple[int, int]) -> list[tuple[Rect, Rect]]:
     """The parts of its area, or of the whole, in a window; see parts_in_window. The host takes each for a conditioning of its own."""
-    return parts_in_window(_rect_of_area(entry["area"]) if "area" in entry else Rect(0, 0, *size), rect, size)
+    return parts_in_window(rect_of_area(entry["area"]) if "area" in entry else Rect(0, 0, *size), rect, size)
+
+
+def _cut_entries(entries: Sequence[dict], rects: Sequence[Rect], canvas: Canvas) -> list[dict]:
+    """What each window of a batch is given in one place: the same entry, or alike ones."""
+    if all(entry is entries[0] for entry in entries):
+        return _cut_entry(entries[0], rects, canvas)
+    cuts = [_cut_entry({key: value for key, value in entry.items() if key != "control"}, [rect], canvas) for entry, rect in zip(entries, rects)]
+    joined = [_joined(parts, canvas) for parts in zip(*cuts)]
+    if "control" not in entries[0]:
+        return joined
+    return [part | _cut_entry_control(entries[0], rects, canvas, index) for index, part in enumerate(joined)]
+
+
+def _joined(parts: Sequence[dict], canvas: Canvas) -> dict:
+    """One entry with the rows of several."""
+    found = parts[0] | {"uuid": uuid.uuid5(parts[0]["uuid"], repr([part["uuid"] for part in parts]))}
+    if "mask" in found:
+        found["mask"] = torch.cat([comfy.utils.repeat_to_batch_size(part["mask"], canvas.rows) for part in parts])
+    found["model_conds"] = {}
+    for key, first in parts[0]["model_conds"].items():
+        value, *others = (_as_rows(part["model_conds"][key], canvas.rows) for part in parts)
+        found["model_conds"][key] = first._copy_with(value.concat(others))
+    return found
 
 
 def _cut_entry(entry: dict, rects: Sequence[Rect], canvas: Canvas) -> list[dict]:
@@ -92,7 +148,7 @@ def _cut_entry_control(entry: dict, rects: Sequence[Rect], canvas: Canvas, index
     """The host scales a hint to what it samples: to an area, where there is one."""
     place = Rect(0, 0, *canvas.size)
     if "area" in entry:
-        place = common_part(_rect_of_area(entry["area"]), place)
+        place = common_part(rect_of_area(entry["area"]), place)
     return {"control": cut_control(entry["control"], rects, place, canvas, index)}
 
 
@@ -113,7 +169,7 @@ def _area_in_window(entry: dict, rect: Rect, canvas: Canvas, index: int) -> tupl
     return (*area[:dims - 2], part.height, part.width, *area[dims:-2], part.top, part.left)
 
 
-def _rect_of_area(area: tuple[int, ...]) -> Rect:
+def rect_of_area(area: tuple[int, ...]) -> Rect:
     dims = len(area) // 2
     return Rect(area[-2], area[-1], area[-2] + area[dims - 2], area[-1] + area[dims - 1])
 
@@ -156,7 +212,7 @@ def _clear_of_borders(area: tuple[int, ...], canvas: Canvas) -> tuple[tuple[int,
 
 def _boxes_in_window(entry: dict, rect: Rect, part: Rect, size: tuple[int, int]) -> list[tuple]:
     """GLIGEN's boxes (embedding, height, width, top, left), moved and clipped to the part of the window that its area leaves."""
-    corner = _rect_of_area(entry["area"]) if "area" in entry else Rect(0, 0, 0, 0)
+    corner = rect_of_area(entry["area"]) if "area" in entry else Rect(0, 0, 0, 0)
     found = []
     for embedding, height, width, top, left in entry["gligen"][2]:
         # The host counts boxes from the area's corner.

@@ -60,7 +60,7 @@ def windows_that_fit(model, conds, x, group, canvas, known: dict) -> int:
 
 
 def _asked_memory(model, conds, x, rects, canvas) -> int:
-    entries = [entry for entries in cut_conds(conds, rects, canvas) if entries is not None for entry in entries]
+    entries = [entry for entries in cut_conds([conds], rects, canvas) if entries is not None for entry in entries]
     rows = x.shape[0] * max(len(entries), 1)
     shapes: dict = {}
     for entry in entries:

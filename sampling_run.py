@@ -260,15 +260,15 @@ class Run:
         """Where nothing but the original was used up to now."""
         return self.share(self.progress, strengths) == 0
 
-    def plan(self, progress: float) -> tuple[TilePlan, Blend]:
-        """The windows and their weights at a progress: made once for each set of active leaves and each shift."""
+    def plan(self, progress: float) -> tuple[TilePlan, Blend, torch.Tensor]:
+        """The windows, their weights and the active cells at a progress: made once for each set of active leaves and each shift."""
         facts = self.facts
         active = int((self.share(progress, facts.levels) > 0).sum())
         offset = facts.offsets[min(int(progress * len(facts.offsets) + 1e-5), len(facts.offsets) - 1)]
         if (active, offset) not in self.plans:
             cells = self.share(progress, facts.leaf_strengths) > 0
             plan = plan_windows(cells, facts.sizes, facts.cost_of, offset)
-            self.plans[active, offset] = plan, plan_blend(self.settings.method, plan, facts.sizes.overlap, facts.strengths.device)
+            self.plans[active, offset] = plan, plan_blend(self.settings.method, plan, facts.sizes.overlap, facts.strengths.device), cells
         return self.plans[active, offset]
 
     def plans_of_steps(self) -> list[TilePlan]:

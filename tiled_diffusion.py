@@ -27,10 +27,11 @@ from .conditioning import cut_conds, kind_of_window
 from .model_facts import windows_that_fit
 from .outcome import concluded
 from .patches import apply_model, windows_are_alone, with_windows
+from .prompts import prompts_of_windows
 from .refusals import check_canvas, check_controls, check_guidance, check_latent, check_size
 from .sampling_run import Call, Run, Settings, like
 from .utils import cut_latent, pieces, slices
-from .windows import TilePlan, group_windows
+from .windows import group_windows
 
 KEY = "quadtree_tiled_diffusion"
 
@@ -149,14 +150,16 @@ def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
     original = None if run is None else run.original_of(x, model_options)
     if original is None:
         return executor(model, conds, x, sigma, model_options)
-    plan, blend = run.plan(run.progress)
+    plan, blend, active = run.plan(run.progress)
     run.ledger.count(plan, run.facts.grid)
     run.watch.look(model_options, conds)
     model_options = run.watch.options(model_options)
+    canvas = run.canvas(model, x, plan)
+    prompts = prompts_of_windows(conds, [window.rect for window in plan.windows], active, sigma, canvas)
     if plan.is_whole:
-        results = run.watch.evaluate(executor, model, conds, x, sigma, model_options)
+        results = run.watch.evaluate(executor, model, list(prompts[0]), x, sigma, model_options)
     else:
-        results = _evaluate_windows(executor, model, conds, x, sigma, model_options, plan, blend)
+        results = _evaluate_windows(executor, model, dict(zip(plan.windows, prompts)), x, sigma, model_options, canvas, blend, conds)
     if run.facts.original is None or run.least_share(run.progress) > 0:
         return results
     # Guidance of other nodes reads these results, too: a kept cell is the original in each of them.
@@ -168,20 +171,19 @@ def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
     return results
 
 
-def _evaluate_windows(executor, model, conds, x, sigma, model_options, plan: TilePlan, blend: Blend) -> list[torch.Tensor]:
-    """The weighted sum of the model's results over the windows, one per conditioning."""
+def _evaluate_windows(executor, model, prompts: dict, x, sigma, model_options, canvas, blend: Blend, conds) -> list[torch.Tensor]:
+    """The weighted sum of the model's results over the windows, one per conditioning. prompts: the conds of each window."""
     run = _run_of(model_options)
-    canvas = run.canvas(model, x, plan)
     totals = [None if cond is None else torch.zeros_like(x) for cond in conds]
     alone = windows_are_alone(model_options, canvas)
-    pending = deque(group_windows(plan.windows, lambda window: (kind_of_window(conds, window.rect, canvas.size), window.rect if alone else None)))
+    pending = deque(group_windows(list(prompts), lambda window: (kind_of_window(prompts[window], window.rect, canvas), window.rect if alone else None)))
     while pending:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        group = _next_batch(pending, run, model, conds, x, canvas, len(plan.windows))
+        group = _next_batch(pending, run, model, prompts, x, canvas)
         rects = [window.rect for window in group]
         try:
             results = run.watch.evaluate(
-                executor, model, cut_conds(conds, rects, canvas), cut_latent(x, rects), sigma.repeat(len(group)),
+                executor, model, cut_conds([prompts[window] for window in group], rects, canvas), cut_latent(x, rects), sigma.repeat(len(group)),
                 with_windows(model_options, rects, canvas), len(group))
         except comfy.model_management.OOM_EXCEPTION:
             if len(group) == 1:
@@ -193,15 +195,15 @@ def _evaluate_windows(executor, model, conds, x, sigma, model_options, plan: Til
             continue
         _add_up(totals, results, group, blend)
         del results  # or they would live beside the next batch's
-        run.tell_windows(len(plan.windows) - sum(map(len, pending)), len(plan.windows))
+        run.tell_windows(len(prompts) - sum(map(len, pending)), len(prompts))
     return [torch.zeros_like(x) if total is None else total for total in totals]
 
 
-def _next_batch(pending: deque, run: Run, model, conds, x, canvas, windows: int):
-    """Take the windows that are to be run next, as many of one kind as may be run at once. windows: of the plan."""
+def _next_batch(pending: deque, run: Run, model, prompts: dict, x, canvas):
+    """Take the windows that are to be run next, as many of one kind as may be run at once."""
     group = pending.popleft()
-    alone = run.watch.goes_alone(windows, run.settings.tile_batch_size)
-    limit = 1 if alone else min(run.ledger.batch_limit, windows_that_fit(model, conds, x, group, canvas, run.ledger.fitting))
+    alone = run.watch.goes_alone(len(prompts), run.settings.tile_batch_size)
+    limit = 1 if alone else min(run.ledger.batch_limit, windows_that_fit(model, prompts[group[0]], x, group, canvas, run.ledger.fitting))
     if len(group) > limit:
         pending.appendleft(group[limit:])
     return group[:limit]

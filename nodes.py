@@ -1,4 +1,4 @@
-"""What does the user wire? Six nodes; each is a schema and a call."""
+"""What does the user wire? Nine nodes, those of regions in region_nodes.py; each is a schema and a call."""
 from __future__ import annotations
 
 import logging
@@ -14,13 +14,11 @@ from .drawing import draw_quadtree
 from .painting import parse_edits
 from .placement import sides_in_proportion, strength_raster
 from .quadtree import METRICS, check_leaves, check_strengths
+from .region_nodes import CATEGORY, TREE, QuadtreeRegionPrompts, QuadtreeRegions, QuadtreeRegionText
 from .sampling_run import check_windows
 from .strengths import MASK_EDGES, adjust_quadtree, quadtree_from_mask
 from .tiled_diffusion import TiledDiffusion
 from .windows import WRAPS
-
-CATEGORY = "quadtree tiled diffusion"
-TREE = io.Custom("QUADTREE")
 
 # Longer side of the picture that the browser gets.
 PREVIEW_PX = 1024
@@ -278,4 +276,4 @@ class QuadtreeExtension(ComfyExtension):
                 await ComfyAPI().node_replacement.register(replacement)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [QuadtreeFromImage, QuadtreeFromMask, QuadtreeAdjust, QuadtreeToMask, QuadtreeTiledDiffusion, QuadtreeComposite]
+        return [QuadtreeFromImage, QuadtreeFromMask, QuadtreeAdjust, QuadtreeToMask, QuadtreeTiledDiffusion, QuadtreeComposite, QuadtreeRegions, QuadtreeRegionText, QuadtreeRegionPrompts]

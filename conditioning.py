@@ -41,7 +41,7 @@ def cut_conds(conds: Sequence[Sequence[list[dict] | None]], rects: Sequence[Rect
 
 def kind_of_window(conds: Sequence[list[dict] | None], rect: Rect, canvas: Canvas) -> Hashable:
     """Windows of one kind may share a batch: the host takes one area, and one set of boxes, per conditioning and batch."""
-    return tuple(entries and tuple(_kind_of_entry(entry, rect, canvas) for entry in entries) for entries in conds)
+    return tuple(None if entries is None else tuple(_kind_of_entry(entry, rect, canvas) for entry in entries) for entries in conds)
 
 
 def _kind_of_entry(entry: dict, rect: Rect, canvas: Canvas) -> Hashable:

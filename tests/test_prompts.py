@@ -1,0 +1,263 @@
+"""Prompts of regions: which one a window gets, what it costs, and that nothing is asked that says nothing."""
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from comfy_extras.nodes_hooks import ConditioningSetDefaultAndCombine
+from nodes import ConditioningSetArea, ConditioningSetMask, ConditioningSetTimestepRange
+from sampling import even_tree
+from seen import HEIGHT_PX, WIDTH_PX, assert_windows_see_their_part, denoised, every_batching, tiled
+from tiny_models import TOKENS, load, with_prediction
+
+from qtd_pack.prompts import region_conditioning
+from qtd_pack.quadtree import Leaf, Quadtree, Rect
+from qtd_pack.regions import plan_regions, region_masks
+from qtd_pack.tiled_diffusion import TiledDiffusion
+
+SIDE = 512
+
+
+def prompt(value: float, name: str = "sd15", tokens: int = TOKENS, **extras) -> list:
+    """A prompt whose tokens all have one value."""
+    (_, values), = load(name).positive(HEIGHT_PX, WIDTH_PX)
+    return [[torch.full((1, tokens, load(name).family.text_dim), value), values | extras]]
+
+
+def prompted(call) -> torch.Tensor:
+    """The denoised value is the prompt's."""
+    return call.context.mean((1, 2)).view(-1, *[1] * (call.x.ndim - 1)).expand_as(call.x).contiguous()
+
+
+def counted(predict, rows: list):
+    """A prediction that also lists the prompts of its rows."""
+    def predicted(call):
+        rows.append([round(value, 3) for value in call.context.mean((1, 2)).tolist()])
+        return predict(call)
+    return predicted
+
+
+def columns(*widths: int, height: int = HEIGHT_PX) -> list[torch.Tensor]:
+    """Masks of a picture's columns, px wide."""
+    edges = [0, *itertools.accumulate(widths)]
+    masks = torch.zeros(len(widths), 1, height, edges[-1])
+    for mask, left, right in zip(masks, edges, edges[1:]):
+        mask[..., left:right] = 1
+    return list(masks)
+
+
+def soft_masks(height: int = HEIGHT_PX, width: int = WIDTH_PX, side: int = 128, overlap: int = 40) -> list[torch.Tensor]:
+    return region_masks(plan_regions(even_tree(1.0, height, width), height, width, side), height, width, overlap)
+
+
+def regional(masks, per_window: bool, share: float = 0.0, whole=None, name: str = "sd15") -> list:
+    """The whole picture's prompt is 0.5, the regions' are 1, 2, 3 ..."""
+    whole = prompt(0.5, name) if whole is None else whole
+    return region_conditioning(whole, [prompt(float(number), name) for number in range(1, len(masks) + 1)], masks, per_window=per_window, share=share)
+
+
+@every_batching
+@pytest.mark.parametrize("share", [0.0, 0.25])
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_by_the_cell_every_cell_gets_its_regions_prompts_by_their_weights(cfg, share, tiling):
+    positive = regional(soft_masks(), False, share)
+    assert_windows_see_their_part(load("sd15"), prompted, positive, prompt(0.5), cfg=cfg, tiling=tiling)
+
+
+def test_by_the_cell_weights_add_up_to_what_was_said():
+    """In two columns of prompts 1 and 2 with a share of a quarter of 0.5."""
+    out = denoised(with_prediction(tiled(load("sd15").patcher), prompted), load("sd15").latent(HEIGHT_PX, WIDTH_PX), regional(columns(264, 272), False, 0.25))
+    scale = 1.0
+    assert torch.allclose(out[..., :32], torch.tensor(0.75 * 1 + 0.25 * 0.5) * scale, atol=1e-5)
+    assert torch.allclose(out[..., 34:], torch.tensor(0.75 * 2 + 0.25 * 0.5) * scale, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("method", ["Mixture of Diffusers", "MultiDiffusion", "SpotDiffusion"])
+def test_by_the_window_each_gets_the_prompt_of_the_region_that_covers_most_of_it(method, batch):
+    """Windows of 16 cells without overlap over columns of 10, 33 and 21 cells."""
+    model, rows = load("sd15"), []
+    patcher = tiled(model.patcher, SIDE, SIDE, method=method, tile_overlap=0, shift_method="sorted", seed=3)
+    positive = regional(columns(80, 264, 168, height=SIDE), True)
+    out = denoised(with_prediction(patcher, counted(prompted, rows)), model.latent(SIDE, SIDE, batch=batch), positive, percents=(0.3,))
+    assert sum(map(len, rows)) >= 16 * batch
+    if method != "SpotDiffusion":
+        assert sum(map(len, rows)) == 16 * batch
+        for col, expected in ((0, 1.0), (1, 2.0), (2, 2.0), (3, 3.0)):
+            assert torch.allclose(out[..., 16 * col:16 * (col + 1)], torch.tensor(expected), atol=1e-5)
+    assert set(out.unique().tolist()) <= {1.0, 2.0, 3.0}
+
+
+def test_only_active_cells_count():
+    """Two leaves of 256 px; in the left one a region of 64 px alone is redrawn, and it wins against the larger one."""
+    tree = Quadtree(256, 256, 64, 64, tuple(
+        Leaf(Rect(top, left, top + 64, left + 64), 64, 0.0, float(left == 192)) for top in range(0, 256, 64) for left in range(0, 256, 64)))
+    model, rows = load("sd15"), []
+    patcher = TiledDiffusion(tree, min_window=256, max_window=256, tile_overlap=0).patched(model.patcher)
+    denoised(with_prediction(patcher, counted(prompted, rows)), model.latent(256, 256), regional(columns(192, 64, height=256), True))
+    assert {value for of_call in rows for value in of_call} == {2.0}
+
+
+def test_a_window_without_a_region_gets_the_whole_pictures_prompt():
+    model, rows = load("sd15"), []
+    masks = columns(128, 384, height=SIDE)[:1]
+    out = denoised(
+        with_prediction(tiled(model.patcher, SIDE, SIDE, tile_overlap=0), counted(prompted, rows)), model.latent(SIDE, SIDE), regional(masks, True), percents=(0.3,))
+    assert torch.equal(out[..., :16].unique(), torch.tensor([1.0]))
+    assert torch.equal(out[..., 16:].unique(), torch.tensor([0.5]))
+    assert sum(map(len, rows)) == 16
+
+
+def test_of_two_regions_that_cover_equally_much_the_lower_number_counts():
+    model = load("sd15")
+    out = denoised(with_prediction(tiled(model.patcher, SIDE, SIDE, tile_overlap=0), prompted), model.latent(SIDE, SIDE), regional(columns(192, 320, height=SIDE), True))
+    assert torch.equal(out[..., 16:32].unique(), torch.tensor([1.0]))
+
+
+def test_a_share_is_a_second_row_in_windows_that_have_a_region():
+    model, rows = load("sd15"), []
+    positive = regional(columns(256, 256, height=SIDE)[:1], True, 0.25)
+    out = denoised(
+        with_prediction(tiled(model.patcher, SIDE, SIDE, tile_overlap=0), counted(prompted, rows)), model.latent(SIDE, SIDE), positive, percents=(0.3,))
+    assert torch.allclose(out[..., :32], torch.tensor(0.75 * 1 + 0.25 * 0.5), atol=1e-6)
+    assert torch.allclose(out[..., 32:], torch.tensor(0.5), atol=1e-6)
+    assert sum(map(len, rows)) == 8 * 2 + 8
+
+
+@pytest.mark.parametrize("per_window", [True, False])
+def test_a_share_of_one_is_the_whole_pictures_prompt_alone(per_window):
+    model, rows = load("sd15"), []
+    out = denoised(
+        with_prediction(tiled(model.patcher, SIDE, SIDE, tile_overlap=0), counted(prompted, rows)), model.latent(SIDE, SIDE),
+        regional(columns(256, 256, height=SIDE), per_window, 1.0), percents=(0.3,))
+    assert torch.equal(out.unique(), torch.tensor([0.5])) and sum(map(len, rows)) == 16
+
+
+def test_a_region_outside_its_time_does_not_win():
+    model, rows = load("sd15"), []
+    late = ConditioningSetTimestepRange().set_range(prompt(1.0), 0.5, 1.0)[0]
+    positive = region_conditioning(prompt(0.5), [late, prompt(2.0)], columns(300, 212, height=SIDE), per_window=True, share=0.0)
+    out = denoised(with_prediction(tiled(model.patcher, SIDE, SIDE, tile_overlap=0), counted(prompted, rows)), model.latent(SIDE, SIDE), positive)
+    assert out[0, ..., :32].unique().tolist() == [0.5] and out[0, ..., 32:].unique().tolist() == [2.0]
+    assert out[1, ..., :32].unique().tolist() == [1.0] and out[1, ..., 32:].unique().tolist() == [2.0]
+
+
+@pytest.mark.parametrize("per_window, rows_of_a_prompt", [(True, 1), (False, 2.5)])
+def test_prompts_for_sixteen_regions_cost_what_one_costs(per_window, rows_of_a_prompt):
+    """A picture of 2048 px in windows of 512: by the window as one prompt, by the cell only those that lie in a window."""
+    model, counts = load("sd15"), {}
+    masks = soft_masks(2048, 2048, side=512, overlap=64)
+    for name, positive in (("one", prompt(0.5)), ("regions", regional(masks, per_window))):
+        rows: list = []
+        patcher = TiledDiffusion(even_tree(1.0, 2048, 2048), min_window=512, max_window=512, tile_overlap=0).patched(model.patcher)
+        denoised(with_prediction(patcher, counted(prompted, rows)), model.latent(2048, 2048), positive, prompt(0.25), percents=(0.3,), cfg=3.0)
+        counts[name] = sum(map(len, rows)), len(rows)
+    if per_window:
+        assert counts["regions"][0] == counts["one"][0]
+        assert counts["regions"][1] <= 1.1 * counts["one"][1]
+    else:
+        # Corners see four regions, borders six, the middle nine; beside the negative.
+        assert counts["regions"][0] == 16 + 4 * 4 + 8 * 6 + 4 * 9
+
+
+def test_a_masked_prompt_outside_all_that_is_redrawn_costs_nothing():
+    tree = Quadtree(256, 256, 128, 128, tuple(
+        Leaf(Rect(top, left, top + 128, left + 128), 128, 0.0, float(left == 0)) for top in (0, 128) for left in (0, 128)))
+    model, rows = load("sd15"), []
+    aside = ConditioningSetMask().append(prompt(7.0), columns(128, 128, height=256)[1], "default", 1.0)[0]
+    patcher = TiledDiffusion(tree, min_window=128, max_window=128, tile_overlap=16).patched(model.patcher)
+    denoised(with_prediction(patcher, counted(prompted, rows)), model.latent(256, 256), prompt(1.0) + aside)
+    assert {value for of_call in rows for value in of_call} == {1.0}
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_where_masks_cover_nothing_windows_give_what_the_host_gives(cfg):
+    alone = ConditioningSetMask().append(prompt(3.0), columns(100, 436)[0], "default", 1.0)[0]
+    assert_windows_see_their_part(load("sd15"), prompted, alone, prompt(0.5), cfg=cfg, tiling={})
+    rest = ConditioningSetDefaultAndCombine().set_default_and_combine(alone, prompt(1.0))[0]
+    assert_windows_see_their_part(load("sd15"), prompted, rest, prompt(0.5), cfg=cfg, tiling={})
+
+
+def test_the_masks_of_a_batch_of_images_are_theirs():
+    """A mask that is 0 for the first image and not for the second is asked for."""
+    masks = torch.cat(columns(268, 268))
+    positive = prompt(1.0) + ConditioningSetMask().append(prompt(3.0), masks, "default", 1.0)[0]
+    assert_windows_see_their_part(load("sd15"), prompted, positive, latent=load("sd15").latent(HEIGHT_PX, WIDTH_PX, batch=2), tiling=dict(tile_batch_size=2))
+
+
+def test_what_a_regions_conditioning_carries_is_kept():
+    """Its own mask, in the window as in the whole; and its area."""
+    own = columns(200, 312, height=SIDE)
+    one = ConditioningSetMask().append(prompt(1.0), own[0], "default", 0.5)[0] + ConditioningSetMask().append(prompt(3.0), own[1], "default", 0.5)[0]
+    positive = region_conditioning(prompt(0.5), [one], [torch.ones(1, SIDE, SIDE)], per_window=True, share=0.0)
+    model = load("sd15")
+    out = denoised(with_prediction(tiled(model.patcher, SIDE, SIDE, tile_overlap=0), prompted), model.latent(SIDE, SIDE), positive)
+    assert torch.allclose(out[..., :25], torch.tensor(1.0)) and torch.allclose(out[..., 25:], torch.tensor(3.0))
+    inside = region_conditioning(
+        prompt(0.5), [ConditioningSetArea().append(prompt(2.0), 256, 256, 0, 0, 1.0)[0]], [torch.ones(1, SIDE, SIDE)], per_window=True, share=0.0)
+    out = denoised(with_prediction(tiled(model.patcher, SIDE, SIDE, tile_overlap=0), prompted), model.latent(SIDE, SIDE), inside)
+    assert torch.allclose(out[..., :32, :32], torch.tensor(2.0)) and torch.allclose(out[..., 32:, :], torch.tensor(0.5))
+
+
+def test_texts_of_several_lengths_share_a_batch_where_the_host_would_pad_them():
+    model, rows = load("sd15"), []
+    texts = [prompt(float(number), tokens=77 * (1 + number % 2)) for number in (1, 2, 3, 4)]
+    positive = region_conditioning(prompt(0.5), texts, columns(128, 128, 128, 128, height=SIDE), per_window=True, share=0.0)
+    out = denoised(with_prediction(tiled(model.patcher, SIDE, SIDE, tile_overlap=0), counted(prompted, rows)), model.latent(SIDE, SIDE), positive, percents=(0.3,))
+    assert [len(of_call) for of_call in rows] == [16]
+    assert all(out[..., 16 * col].unique().tolist() == [col + 1.0] for col in range(4))
+
+
+def test_texts_that_cannot_be_padded_are_asked_apart():
+    model, rows = load("flux_schnell"), []
+    texts = [prompt(float(number), "flux_schnell", tokens=50 + number % 2) for number in (1, 2)]
+    positive = region_conditioning(prompt(0.5, "flux_schnell"), texts, columns(256, 256, height=SIDE), per_window=True, share=0.0)
+    denoised(with_prediction(tiled(model.patcher, SIDE, SIDE, tile_overlap=0), counted(prompted, rows)), model.latent(SIDE, SIDE), positive, percents=(0.3,))
+    assert sorted(map(len, rows)) == [8, 8]
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "flux2_edit", "qwen_image_edit", "wan21_t2v", "ltxv", "sdxl", "sd3", "lumina2", "z_image", "hunyuan_video"])
+def test_a_window_of_every_family_is_what_it_would_be_with_its_prompt_alone(name):
+    """Real networks: two regions in a batch of windows, against each prompt for the whole picture."""
+    model = load(name)
+    side = 16 * model.cell_px
+    size = (side, 2 * side)
+    masks = columns(side, side, height=side)
+    prompts = [model.conds(*size, seed=seed) for seed in (11, 12)]
+    if name == "ltxv":
+        prompts = [prompts[0], [[torch.roll(prompts[0][0][0], 1, 1), prompts[0][0][1]]]]
+    else:
+        prompts[1] = [[prompts[1][0][0], prompts[0][0][1]]]
+    settings = dict(min_window=side, max_window=side, tile_overlap=0)
+    patcher = TiledDiffusion(even_tree(1.0, *size), **settings).patched(model.patcher)
+    both = denoised(patcher, model.latent(*size), region_conditioning(prompts[0], prompts, masks, per_window=True, share=0.0), percents=(0.3,))
+    alone = [denoised(patcher, model.latent(*size), one, percents=(0.3,)) for one in prompts]
+    assert (both[..., :16] - alone[0][..., :16]).abs().max() < 1e-4
+    assert (both[..., 16:] - alone[1][..., 16:]).abs().max() < 1e-4
+    assert (alone[0] - alone[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("regions, masks, message", [
+    (2, [(1, 64, 64)] * 3, "regions: expected as many as masks, 3, got 2"),
+    (2, [(1, 64, 64), (1, 64, 96)], "masks: expected masks of one picture, 64 x 64 px or of that aspect, got 96 x 64 for region 2"),
+])
+def test_lists_that_do_not_belong_together_are_refused(regions, masks, message):
+    with pytest.raises(ValueError, match=message):
+        region_conditioning(prompt(0.5), [prompt(1.0)] * regions, [torch.ones(shape) for shape in masks], per_window=True, share=0.0)
+
+
+def test_a_region_whose_mask_is_empty_says_nothing():
+    whole = prompt(0.5)
+    assert region_conditioning(whole, [prompt(1.0)], [torch.zeros(1, 64, 64)], per_window=True, share=0.5) is whole
+
+
+def test_masks_of_another_size_of_the_picture_are_scaled():
+    positive = region_conditioning(prompt(0.5), [prompt(1.0), prompt(2.0)], [columns(32, 32, height=64)[0], columns(64, 64, height=128)[1]], per_window=False, share=0.0)
+    assert [tuple(extras["mask"].shape) for _, extras in positive] == [(1, 64, 64)] * 3
+
+
+def test_without_the_patch_the_host_does_as_ever():
+    model = load("sd15")
+    out = denoised(with_prediction(model.patcher, prompted), model.latent(SIDE, SIDE), regional(columns(256, 256, height=SIDE), True))
+    assert out[..., :31].unique().tolist() == [1.0] and out[..., 33:].unique().tolist() == [2.0]

@@ -3,13 +3,17 @@ from __future__ import annotations
 
 import itertools
 
+import comfy.hooks
+import comfy.samplers
 import pytest
+import tiny_controls as controls
 import torch
+from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras.nodes_hooks import ConditioningSetDefaultAndCombine
-from nodes import ConditioningSetArea, ConditioningSetMask, ConditioningSetTimestepRange
+from nodes import ConditioningSetArea, ConditioningSetMask, ConditioningSetTimestepRange, ControlNetApplyAdvanced
 from sampling import even_tree
 from seen import HEIGHT_PX, WIDTH_PX, assert_windows_see_their_part, denoised, every_batching, tiled
-from tiny_models import TOKENS, load, with_prediction
+from tiny_models import TOKENS, drawer, load, with_prediction
 
 from qtd_pack.prompts import region_conditioning
 from qtd_pack.quadtree import Leaf, Quadtree, Rect
@@ -261,3 +265,69 @@ def test_without_the_patch_the_host_does_as_ever():
     model = load("sd15")
     out = denoised(with_prediction(model.patcher, prompted), model.latent(SIDE, SIDE), regional(columns(256, 256, height=SIDE), True))
     assert out[..., :31].unique().tolist() == [1.0] and out[..., 33:].unique().tolist() == [2.0]
+
+
+def test_prompts_that_share_a_control_share_a_batch_and_each_window_has_its_part_of_the_hint():
+    model, rows = load("sd15"), []
+    texts = [prompt(1.0), prompt(2.0)]
+    positive = region_conditioning(prompt(0.5), texts, columns(256, 256, height=SIDE), per_window=True, share=0.0)
+    positive, negative = ControlNetApplyAdvanced().apply_controlnet(positive, prompt(0.25), controls.echo_control(), controls.picture(SIDE, SIDE), 1.0, 0.0, 1.0)
+    single, _ = ControlNetApplyAdvanced().apply_controlnet(prompt(1.0), prompt(0.25), controls.echo_control(), controls.picture(SIDE, SIDE), 1.0, 0.0, 1.0)
+
+    def both(call):
+        return prompted(call) + 100 * controls.echoed(call)
+    patcher = tiled(model.patcher, SIDE, SIDE, tile_overlap=0)
+    out = denoised(with_prediction(patcher, counted(both, rows)), model.latent(SIDE, SIDE), positive, negative, percents=(0.3,))
+    alone = denoised(with_prediction(patcher, both), model.latent(SIDE, SIDE), single, negative, percents=(0.3,))
+    difference = out - alone
+    assert difference[..., :32].abs().max() < 1e-4 and (difference[..., 32:] - 1).abs().max() < 1e-4
+    assert [len(of_call) for of_call in rows] == [16]
+
+
+def test_prompts_under_hooks_of_their_own_are_asked_apart():
+    hooks = [comfy.hooks.create_hook_lora({}, strength, 1.0) for strength in (1.0, 0.5)]
+    texts = [comfy.hooks.set_hooks_for_conditioning(prompt(float(number)), hook) for number, hook in enumerate(hooks, 1)]
+    model, rows = load("sd15"), []
+    positive = region_conditioning(prompt(0.5), texts, columns(256, 256, height=SIDE), per_window=True, share=0.0)
+    out = denoised(with_prediction(tiled(model.patcher, SIDE, SIDE, tile_overlap=0), counted(prompted, rows)), model.latent(SIDE, SIDE), positive, percents=(0.3,))
+    assert out[..., :32].unique().tolist() == [1.0] and out[..., 32:].unique().tolist() == [2.0]
+    assert sum(map(len, rows)) == 16
+
+
+@pytest.mark.parametrize("per_window", [True, False])
+@pytest.mark.parametrize("style", ["regular", "nested"])
+def test_regions_under_dual_guidance(per_window, style):
+    """Three conditionings, two of them with regions, whose sets do not mix."""
+    model, outs = load("sd15"), []
+    middle = region_conditioning(prompt(0.5), [prompt(5.0), prompt(4.0)], columns(256, 256, height=SIDE), per_window=per_window, share=0.0)
+    positive = regional(columns(256, 256, height=SIDE), per_window)
+    for tiling in (True, False):
+        if per_window and not tiling:
+            continue
+        patcher = tiled(model.patcher, SIDE, SIDE, tile_overlap=0) if tiling else model.patcher
+        guider, = custom.DualCFGGuider.execute(with_prediction(patcher, prompted), positive, middle, prompt(0.25), 3.0, 2.0, style).result
+        outs.append(guider.sample(drawer(5)(1, 4, 64, 64), model.latent(SIDE, SIDE), comfy.samplers.sampler_object("euler"), torch.tensor([5.0, 0.0]), disable_pbar=True, seed=1))
+    if not per_window:
+        assert (outs[0] - outs[1]).abs().max() < 1e-4
+    halves = outs[0][..., :32], outs[0][..., 32:]
+    expected = {"regular": lambda one, two: 0.25 + (two - 0.25) * 2 + (one - two) * 3, "nested": lambda one, two: 0.25 + (two + (one - two) * 3 - 0.25) * 2}[style]
+    scale = model.patcher.model.latent_format.process_out(torch.ones(1))
+    assert torch.allclose(halves[0], scale * expected(1.0, 5.0), atol=1e-3) and torch.allclose(halves[1], scale * expected(2.0, 4.0), atol=1e-3)
+
+
+def test_one_window_over_the_whole_gets_one_prompt():
+    model, rows = load("sd15"), []
+    patcher = TiledDiffusion(even_tree(1.0, 256, 256), min_window=512, max_window=512).patched(model.patcher)
+    out = denoised(with_prediction(patcher, counted(prompted, rows)), model.latent(256, 256), regional(columns(100, 156, height=256), True))
+    assert out.unique().tolist() == [2.0] and rows == [[2.0]] * 2
+
+
+def test_regions_of_a_picture_that_wraps():
+    """A window over the border belongs to the region that it shows most of, on either side."""
+    model = load("sd15")
+    patcher = tiled(model.patcher, SIDE, SIDE, wrap="horizontal", method="SpotDiffusion", tile_overlap=0, seed=1, shift_method="fibonacci")
+    out = denoised(with_prediction(patcher, prompted), model.latent(SIDE, SIDE), regional(columns(256, 256, height=SIDE), True))
+    assert set(out.unique().tolist()) == {1.0, 2.0}
+    soft = regional(soft_masks(SIDE, SIDE), False)
+    cells = denoised(with_prediction(tiled(model.patcher, SIDE, SIDE, wrap="horizontal"), prompted), model.latent(SIDE, SIDE), soft)
+    assert (cells - denoised(with_prediction(model.patcher, prompted), model.latent(SIDE, SIDE), soft)).abs().max() < 1e-5

@@ -10,7 +10,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCALES = ("zh", "ja")
-NODES = ("QuadtreeFromImage", "QuadtreeFromMask", "QuadtreeAdjust", "QuadtreeToMask", "QuadtreeTiledDiffusion", "QuadtreeComposite")
+NODES = (
+    "QuadtreeFromImage", "QuadtreeFromMask", "QuadtreeAdjust", "QuadtreeToMask", "QuadtreeTiledDiffusion", "QuadtreeComposite",
+    "QuadtreeRegions", "QuadtreeRegionText", "QuadtreeRegionPrompts")
 # What is written in the language, so that a sentence left in English shows.
 LETTERS = {"zh": re.compile("[\u4e00-\u9fff]"), "ja": re.compile("[\u3040-\u30ff\u4e00-\u9fff]")}
 

@@ -30,6 +30,9 @@ EVER = {
         ["model", "quadtree", "method", "schedule", "tile_overlap", "tile_batch_size", "skip_diffusion_below", "min_window", "max_window",
          "shift_method", "seed", "original", "sigmas", "wrap"], ["MODEL"]),
     "QuadtreeComposite": (["image", "original", "quadtree", "feather"], ["IMAGE"]),
+    "QuadtreeRegions": (["quadtree", "image", "region_size", "overlap"], ["IMAGE", "MASK", "IMAGE"]),
+    "QuadtreeRegionText": (["regions", "text", "lines", "captions"], ["STRING"]),
+    "QuadtreeRegionPrompts": (["conditioning", "regions", "masks", "mode", "share"], ["CONDITIONING"]),
 }
 NODES = asyncio.run(nodes.QuadtreeExtension().get_node_list())
 SCHEMAS = {node.define_schema().node_id: node.define_schema() for node in NODES}

@@ -177,7 +177,7 @@ def _reach(entry: dict, canvas: Canvas) -> torch.Tensor:
     """How much an entry with a mask says of each cell, (height, width), in units; the mean of its images and frames."""
     if entry.get("strength", 1.0) == 0 or ("mask" in entry and entry.get("mask_strength", 1.0) == 0):
         return torch.zeros(canvas.size, dtype=torch.int64)
-    key = "reach", id(entry["mask"]), entry.get("area")
+    key = "reach", id(entry["mask"]), entry.get("area"), canvas.rows
     if key not in canvas.prepared:
         mask = entry["mask"][:canvas.rows].abs().flatten(0, -3).float().mean(0).cpu()
         units = (mask.double() / _UNIT).ceil().long()

@@ -12,7 +12,9 @@ import pytest
 from stand_ins import write_stand_in
 
 ROOT = Path(__file__).resolve().parent.parent
-NODES = {"QuadtreeFromImage", "QuadtreeFromMask", "QuadtreeAdjust", "QuadtreeToMask", "QuadtreeTiledDiffusion", "QuadtreeComposite"}
+NODES = {
+    "QuadtreeFromImage", "QuadtreeFromMask", "QuadtreeAdjust", "QuadtreeToMask", "QuadtreeTiledDiffusion", "QuadtreeComposite",
+    "QuadtreeRegions", "QuadtreeRegionText", "QuadtreeRegionPrompts"}
 
 
 def run(*words: str, folder: Path, home: Path) -> str:

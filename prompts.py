@@ -16,9 +16,8 @@ import comfy.samplers
 import comfy.utils
 
 from .canvas import Canvas
-from .quadtree import Rect
 from .conditioning import rect_of_area
-from .windows import pieces
+from .utils import Rect, pieces
 
 # In an entry: {"set", "number" (0: the whole picture), "share", "mask", "mask_strength"}; the last two are what it had before.
 REGION = "quadtree_region"

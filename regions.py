@@ -13,7 +13,9 @@ import numpy
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .quadtree import Quadtree, Rect, strength_raster
+from .placement import strength_raster
+from .quadtree import Quadtree
+from .utils import Rect
 
 # What `lines` looks like: "3: a lighthouse", "2-5: wet stones", "1, 7: sky".
 _LINE = re.compile(r"\s*(\d+(?:\s*-\s*\d+)?(?:\s*,\s*\d+(?:\s*-\s*\d+)?)*)\s*:(.*)")

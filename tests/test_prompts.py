@@ -16,9 +16,10 @@ from seen import HEIGHT_PX, WIDTH_PX, assert_windows_see_their_part, denoised, e
 from tiny_models import TOKENS, drawer, load, with_prediction
 
 from qtd_pack.prompts import region_conditioning
-from qtd_pack.quadtree import Leaf, Quadtree, Rect
+from qtd_pack.quadtree import Leaf, Quadtree
 from qtd_pack.regions import plan_regions, region_masks
 from qtd_pack.tiled_diffusion import TiledDiffusion
+from qtd_pack.utils import Rect
 
 SIDE = 512
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from sampling import even_tree, striped_tree
 
-from qtd_pack.quadtree import Leaf, Quadtree, Rect
+from qtd_pack.quadtree import Leaf, Quadtree
 from qtd_pack.regions import numbered_picture, plan_regions, read_lines, region_images, region_masks, region_texts
+from qtd_pack.utils import Rect
 
 
 def test_regions_lie_in_reading_order_wherever_something_is_redrawn():

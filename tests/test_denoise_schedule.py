@@ -4,7 +4,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtd_pack.clock import Clock, falling_part, progress_at
 from qtd_pack.denoise_schedule import SCHEDULES, eased, on_steps, share_at, txt2img_share_at
 
 STRENGTHS = torch.linspace(0, 1, 101)
@@ -44,20 +43,6 @@ def test_without_an_original_the_velocity_is_slowed_gently_and_whole_on_the_last
     shares = [txt2img_share_at(torch.tensor([0.0, 0.8, 1.0]), step / 4, 4).tolist() for step in range(4)]
     assert torch.allclose(torch.tensor(shares), torch.tensor([[0.7, 0.8, 1.0], [0.8, 13 / 15, 1.0], [0.9, 14 / 15, 1.0], [1.0, 1.0, 1.0]]))
     assert txt2img_share_at(torch.tensor([0.0]), 0.0, 1).tolist() == [1.0]
-
-
-@pytest.mark.parametrize("sigma, progress", [(1.0, 0.0), (0.8, 0.25), (0.9, 0.125), (0.4, 0.5), (0.2, 0.75), (0.1, 0.875), (0.0, 1.0), (1.3, 0.0)])
-def test_progress_is_the_place_in_the_schedule_and_in_between_for_multi_stage_samplers(sigma, progress):
-    assert progress_at(sigma, (1.0, 0.8, 0.4, 0.2, 0.0)) == pytest.approx(progress)
-
-
-def test_a_repeated_sigma_counts_at_its_first_place():
-    assert [progress_at(sigma, (1.0, 0.5, 0.5, 0.5, 0.0)) for sigma in (1.0, 0.75, 0.5, 0.25)] == [0.0, 0.125, 0.25, 0.875]
-
-
-def test_a_sigma_that_was_rounded_on_its_way_is_still_that_step():
-    sigmas = tuple(torch.linspace(1, 0, 21, dtype=torch.float64).tolist())
-    assert [progress_at(float(torch.tensor(sigma, dtype=torch.float32)), sigmas) for sigma in sigmas[:-1]] == [step / 20 for step in range(20)]
 
 
 def test_an_unknown_schedule_is_named():
@@ -118,45 +103,3 @@ def test_meant_strengths_keep_their_order_and_their_ends(steps):
 @pytest.mark.parametrize("schedule", ["blend", "ramp"])
 def test_blend_and_ramp_use_every_strength_as_it_is(schedule):
     assert torch.equal(on_steps(schedule, STRENGTHS, 8), STRENGTHS)
-
-
-@pytest.mark.parametrize("sigmas, expected", [
-    ((0.0, 1.0, 0.5, 0.0), (1.0, 0.5, 0.0)), ((0.2, 0.4, 1.0, 0.5, 0.0), (1.0, 0.5, 0.0)), ((1.0, 0.5, 0.0), (1.0, 0.5, 0.0)),
-    ((0.0, 0.5, 1.0), (0.0, 0.5, 1.0)), ((1.0, 1.0, 0.5), (1.0, 1.0, 0.5)), ((0.0,), (0.0,)), ((), ()),
-])
-def test_a_schedule_begins_at_its_largest_sigma(sigmas, expected):
-    assert falling_part(sigmas) == expected
-
-
-FALLING = (1.0, 0.8, 0.5, 0.3, 0.0)
-ANYTHING = torch.zeros(1, 4, 8, 8)
-
-
-def test_a_clock_without_callbacks_goes_by_the_sigmas_and_never_back():
-    clock = Clock(FALLING, FALLING)
-    assert [clock.call(sigma, ANYTHING) for sigma in (1.0, 0.9, 0.8, 0.9, 0.5, 0.42)] == pytest.approx([0, 0.125, 0.25, 0.25, 0.5, 0.6])
-    assert not clock.at_end
-    clock.call(0.3, ANYTHING)
-    assert clock.at_end
-
-
-def test_a_clock_goes_by_the_steps_that_it_is_told():
-    clock, found = Clock(FALLING, FALLING), []
-    for step, sigma in enumerate((0.9, 0.9, 0.4, 0.33)):
-        found.append(clock.call(sigma, ANYTHING))
-        clock.callback(step, 4)
-    assert found[0] == 0 and found[2:] == [0.5, 0.75] and clock.at_end
-
-
-def test_a_clock_of_a_part_of_the_schedule_begins_where_the_part_does():
-    clock = Clock(FALLING[2:], FALLING)
-    assert [clock.call(sigma, ANYTHING) for sigma in (0.5, 0.3)] == [0.5, 0.75]
-
-
-def test_a_clock_that_cannot_follow_the_steps_goes_by_the_sigmas():
-    clock = Clock(FALLING, FALLING)
-    found = []
-    for step, sigma in enumerate((1.0, 1.0, 1.0, 1.0, 0.5, 0.3)):
-        found.append(clock.call(sigma, ANYTHING))
-        clock.callback(step, 4)
-    assert found == sorted(found) and found[-1] == 0.75

@@ -7,7 +7,7 @@ import unittest.mock
 from dataclasses import dataclass, field
 
 import comfy.samplers
-from counting import LiveBytes
+from counting import step_bytes
 from measuring import milliseconds, table, timed
 from qtd_pack.tiled_diffusion import KEY, TiledDiffusion
 from sampling import calls_of, even_tree, load, sample, striped_tree, with_prediction
@@ -160,23 +160,6 @@ def budget_part(tiny: bool) -> tuple[str, list[dict]]:
         "\nPlanned: tokens of a run of 20 steps at 2048 px as FLUX.1-dev counts them, as a share of the full grid of 1024 px windows; windows of 256 to 1024 px, "
         "overlap 64 px. Measured: seconds of the small FLUX-architecture model, whose own planned cost stands beside it; at 1024 px windows, overlap and leaves "
         "are half as large. Limits: planned mean 0.30, 0.50 and 0.80, measured at 0.4 at most 0.60. Cells as planned: those counted at `apply_model`.\n"), found
-
-
-def step_bytes(model, patcher, side: int) -> int:
-    """The most bytes that live while one denoised value is made, beyond those that lived before."""
-    grown = []
-
-    def measure(executor, *args, **kwargs):
-        with LiveBytes() as live:
-            result = executor(*args, **kwargs)
-        grown.append(live.peak)
-        return result
-
-    clone = model.patcher.clone()
-    clone.add_wrapper_with_key("predict_noise", "step_bytes", measure)
-    clone.wrappers.update({kind: {**clone.wrappers.get(kind, {}), **by_key} for kind, by_key in patcher.wrappers.items()})
-    sample(model, clone, size=(side, side), steps=1, cfg=4.0)
-    return max(grown)
 
 
 def memory_part(tiny: bool) -> str:

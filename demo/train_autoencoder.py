@@ -8,15 +8,14 @@ something to learn from at once.
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as functional
 
 from measures import psnr
 from photos import Crops, held_out_photos, to_array, to_picture
 from training import (
-    MODELS, Averaged, Budget, append_row, join_workers, load_weights, optimizers_for, reduced_precision, save_half,
-    take_step, use_host,
+    Averaged, Budget, add_arguments, append_row, join_workers, learn, load_weights, optimizers_for, reduced_precision, save_half,
+    use_host,
 )
 
 use_host()
@@ -257,37 +256,28 @@ def train(arguments):
     model.vae_shift.requires_grad_(False)
     optimizers = optimizers_for(model.named_parameters(), ADAM_ONLY)
     averaged, budget = Averaged(model), Budget(arguments.minutes, 20 if arguments.resume else 100)
-    losses, next_report = [], 1
-    while budget.advance():
+
+    def next_loss(step):
         pixels = torch.from_numpy(crops.batch(arguments.batch, arguments.side, arguments.side, 0.6, 2.5))
         with reduced_precision():
-            loss = OBJECTIVES[arguments.stage](model, pixels.contiguous(memory_format=torch.channels_last), arguments.latent_noise)
-        losses.append(take_step(loss, optimizers, budget.factor(), arguments.learning_rate))
-        averaged.update(model)
-        if worker == 0 and budget.minutes() > next_report:
-            report(averaged, arguments, {"minutes": budget.minutes(), "step": budget.step, "loss": float(np.mean(losses))})
-            losses, next_report = [], budget.minutes() + 2
-    if worker == 0 and losses:
-        report(averaged, arguments, {"minutes": budget.minutes(), "step": budget.step, "loss": float(np.mean(losses))})
+            return OBJECTIVES[arguments.stage](model, pixels.contiguous(memory_format=torch.channels_last), arguments.latent_noise)
+
+    learn(
+        model, next_loss, budget, (lambda row: report(averaged, arguments, row)) if worker == 0 else None, averaged=averaged, optimizers=optimizers,
+        learning_rate=arguments.learning_rate, first_report=1, report_every=2)
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
+    add_arguments(parser, "autoencoder", seed=1, learning_rate=1e-3)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--side", type=int, default=128, help="crop side in pixels")
     parser.add_argument("--synthetic-share", type=float, default=0.3, help="share of crops that come from synthetic textures")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--latent-noise", type=float, default=0.1, help="largest deviation of noise on the latents; they have unit power")
     parser.add_argument("--stage", choices=OBJECTIVES, default="whole")
     parser.add_argument("--fewer-blocks", action="store_true", help="for the first run: leave the costly blocks as they start")
-    parser.add_argument("--resume", type=Path, help="weights of an earlier run")
     parser.add_argument("--pictures", type=Path, help="folder for reconstructions of the held-out photos, to be looked at")
     parser.add_argument("--pixels-from", type=Path, help="weights of a run of the stage `pixels`, to go on from together with --resume")
-    parser.add_argument("--out", type=Path, default=MODELS / "autoencoder.safetensors")
-    parser.add_argument("--curve", type=Path, default=MODELS.parent / "autoencoder_curve.csv")
     return parser.parse_args()
 
 

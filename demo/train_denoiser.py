@@ -15,8 +15,8 @@ import torch.nn.functional as functional
 from measures import denoising_gains
 from photos import Crops, enlarged, held_out_photos, to_array
 from training import (
-    MODELS, Averaged, Budget, append_row, join_workers, load_weights, optimizers_for, reduced_precision, save_half,
-    take_step, use_host,
+    MODELS, Averaged, Budget, add_arguments, append_row, join_workers, learn, load_weights, optimizers_for, reduced_precision, save_half,
+    use_host,
 )
 
 use_host()
@@ -190,35 +190,26 @@ def train(arguments):
     averaged, budget = Averaged(model), Budget(arguments.minutes, 20 if arguments.resume else 100)
     if arguments.compile:
         model.compile(dynamic=False)
-    losses, next_report = [], 2
-    while budget.advance():
-        if budget.step % STEPS_PER_NEW_PICTURE == 0:
+
+    def next_loss(step):
+        if step % STEPS_PER_NEW_PICTURE == 0:
             bank[rng.integers(len(bank))] = latent_pair(encoder, crops, arguments.side)
         crisp, soft = draw_windows(rng, bank)
-        loss = objective(model, crisp, soft, draw_sigmas(rng, len(crisp)), arguments.soft_share)
-        losses.append(take_step(loss, optimizers, budget.factor(), arguments.learning_rate))
-        averaged.update(model)
-        if worker == 0 and budget.minutes() > next_report:
-            report(averaged, latents, arguments, {"minutes": budget.minutes(), "step": budget.step, "loss": float(np.mean(losses))})
-            losses, next_report = [], budget.minutes() + 4
-    if worker == 0 and losses:
-        report(averaged, latents, arguments, {"minutes": budget.minutes(), "step": budget.step, "loss": float(np.mean(losses))})
+        return objective(model, crisp, soft, draw_sigmas(rng, len(crisp)), arguments.soft_share)
+
+    learn(
+        model, next_loss, budget, (lambda row: report(averaged, latents, arguments, row)) if worker == 0 else None, averaged=averaged, optimizers=optimizers,
+        learning_rate=arguments.learning_rate, first_report=2, report_every=4)
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
+    add_arguments(parser, "denoiser", seed=2, learning_rate=2e-3)
     parser.add_argument("--pictures", type=int, default=100, help="pictures in the latent bank at a time")
     parser.add_argument("--soft-share", type=float, default=0.0, help="share of the windows that are soft on the way to the crisp ones")
     parser.add_argument("--compile", action="store_true", help="a third faster; takes a C++ compiler and a minute at the start")
     parser.add_argument("--side", type=int, default=512, help="side of each in pixels")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--resume", type=Path, help="weights of an earlier run")
     parser.add_argument("--autoencoder", type=Path, default=MODELS / "autoencoder.safetensors")
-    parser.add_argument("--out", type=Path, default=MODELS / "denoiser.safetensors")
-    parser.add_argument("--curve", type=Path, default=MODELS.parent / "denoiser_curve.csv")
     return parser.parse_args()
 
 

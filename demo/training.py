@@ -84,6 +84,33 @@ class Averaged:
         torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), weight)
 
 
+def learn(model, next_loss, budget, tell, *, averaged, optimizers, learning_rate, first_report, report_every):
+    """Take steps on next_loss(step) until the budget is used up, and average the weights.
+
+    tell: is given a row of the curve, minutes, step and mean loss, at some minutes and at the end; None for silent workers.
+    """
+    losses, next_report = [], first_report
+    while budget.advance():
+        losses.append(take_step(next_loss(budget.step), optimizers, budget.factor(), learning_rate))
+        averaged.update(model)
+        if tell is not None and budget.minutes() > next_report:
+            tell({"minutes": budget.minutes(), "step": budget.step, "loss": sum(losses) / len(losses)})
+            losses, next_report = [], budget.minutes() + report_every
+    if tell is not None and losses:
+        tell({"minutes": budget.minutes(), "step": budget.step, "loss": sum(losses) / len(losses)})
+
+
+def add_arguments(parser, name, *, seed, learning_rate):
+    """The arguments that both trainings take; name: of the model."""
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=seed)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--learning-rate", type=float, default=learning_rate)
+    parser.add_argument("--resume", type=Path, help="weights of an earlier run")
+    parser.add_argument("--out", type=Path, default=MODELS / f"{name}.safetensors")
+    parser.add_argument("--curve", type=Path, default=MODELS.parent / f"{name}_curve.csv")
+
+
 def orthogonalised(matrices):
     """A batch of matrices with their singular values brought near 1 by five quintic Newton-Schulz steps."""
     x = matrices.to(DTYPE)

@@ -5,6 +5,7 @@ import collections
 import weakref
 
 import torch
+from sampling import sample
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -50,3 +51,20 @@ class LiveBytes(TorchDispatchMode):
 
     def _release(self, size: int) -> None:
         self.now -= size
+
+
+def step_bytes(model, patcher, side: int) -> int:
+    """The most bytes that live while one denoised value is made, beyond those that lived before."""
+    grown = []
+
+    def measure(executor, *args, **kwargs):
+        with LiveBytes() as live:
+            result = executor(*args, **kwargs)
+        grown.append(live.peak)
+        return result
+
+    clone = model.patcher.clone()
+    clone.add_wrapper_with_key("predict_noise", "step_bytes", measure)  # before the patch's own, so around them
+    clone.wrappers.update({kind: {**clone.wrappers.get(kind, {}), **by_key} for kind, by_key in patcher.wrappers.items()})
+    sample(model, clone, size=(side, side), steps=1, cfg=4.0)
+    return max(grown)

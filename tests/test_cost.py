@@ -6,7 +6,7 @@ import comfy.sample
 import pytest
 import torch
 from conftest import ROOT, load_module
-from counting import LiveBytes, Operations
+from counting import Operations, step_bytes
 from sampling import calls_of, even_tree, load, patched, sample, striped_tree, with_prediction
 
 from qtd_pack import sampling_run
@@ -218,20 +218,3 @@ def test_memory_follows_the_window():
     assert whole <= 1.1 * (batch + 3 * latent_bytes)
     # Without the patch the canvas is the batch: the bound means something.
     assert batch * 40 > 5 * (batch + 3 * latent_bytes)
-
-
-def step_bytes(model, patcher, side: int) -> int:
-    """The most bytes that live while one denoised value is made, beyond those that lived before."""
-    grown = []
-
-    def measure(executor, *args, **kwargs):
-        with LiveBytes() as live:
-            result = executor(*args, **kwargs)
-        grown.append(live.peak)
-        return result
-
-    clone = model.patcher.clone()
-    clone.add_wrapper_with_key("predict_noise", "step_bytes", measure)  # before the patch's own, so around them
-    clone.wrappers.update({kind: {**clone.wrappers.get(kind, {}), **by_key} for kind, by_key in patcher.wrappers.items()})
-    sample(model, clone, size=(side, side), steps=1, cfg=4.0)
-    return max(grown)

@@ -21,6 +21,11 @@ BAND_PIXELS = 1 << 20
 # One level of an 8-bit picture: a smaller deviation is rounding, not detail.
 VISIBLE = 1.0
 
+# Contents are compared to this part of a level.
+PRICE_STEPS = 256
+# Above every content, for squares that are split first.
+FIRST_PRICE = 1e300
+
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
@@ -124,11 +129,12 @@ def grow_quadtree(
     cells: CellStatistics, *, detail_budget: float, content_threshold: float, max_leaf: int,
     min_denoise: float, max_denoise: float, metric: str,
 ) -> Quadtree:
-    """Split while the content exceeds a threshold, and give every leaf its strength.
+    """Build the tree that redraws the most content for a budget, or the one of a threshold, and give every leaf its strength.
 
-    cells: one per smallest leaf. detail_budget: share of the picture to redraw, 0..1; 0 takes content_threshold
-    (0..255 scale) as it is. max_leaf: 0 fits the picture, see largest_leaf. A leaf's strength runs from min_denoise at
-    max_leaf to max_denoise at the smallest leaf, in log2 of the side.
+    cells: one per smallest leaf. detail_budget: share of the picture to redraw, 0..1, of which more never redraws less
+    anywhere; 0 splits squares while their content (0..255 scale) exceeds content_threshold. max_leaf: 0 fits the picture,
+    see largest_leaf. A leaf's strength runs from min_denoise at max_leaf to max_denoise at the smallest leaf, in log2 of
+    the side.
     """
     check_leaves(cells.cell_px, max_leaf)
     max_leaf = largest_leaf(cells.cell_px, max_leaf, cells.height, cells.width)
@@ -137,9 +143,11 @@ def grow_quadtree(
     if content_threshold < 0:
         raise Refusal("not_negative", "{name}: expected 0 or more, got {got}.", name="content_threshold", got=content_threshold)
     contents, areas = _content_levels(cells, max_leaf, metric)
-    effective = _least_of_ancestors(contents)
-    threshold = _threshold_for_budget(effective, areas, detail_budget) if detail_budget > 0 else content_threshold
-    level = leaf_level([values > threshold for values in effective])
+    if detail_budget > 0:
+        split = _best_splits(contents[0], areas, detail_budget)
+    else:
+        split = [values > content_threshold for values in _least_of_ancestors(contents)]
+    level = leaf_level(split)
     top_level = len(contents) - 1
     scale = 1.0 - level / top_level if top_level else torch.ones_like(contents[0])
     strength = min_denoise + (max_denoise - min_denoise) * scale
@@ -218,31 +226,88 @@ def _content_levels(cells: CellStatistics, max_leaf: int, metric: str) -> tuple[
     return contents, areas
 
 
-def _least_of_ancestors(contents: list[torch.Tensor]) -> list[torch.Tensor]:
-    """A node is split when it and all above it exceed the threshold: when the least of them does."""
-    least = [contents[-1]]
-    for content in reversed(contents[:-1]):
-        least.append(torch.minimum(content, double(least[-1], content)))
+def _least_of_ancestors(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """A square is split when it and all above it exceed a threshold: when the least of them does."""
+    least = [values[-1]]
+    for grid in reversed(values[:-1]):
+        least.append(torch.minimum(grid, double(least[-1], grid)))
     return least[::-1]
 
 
-def _threshold_for_budget(effective: list[torch.Tensor], areas: list[torch.Tensor], budget: float) -> float:
-    """The threshold whose area-mean strength comes nearest to the budget.
+def _best_splits(content: torch.Tensor, areas: list[torch.Tensor], budget: float) -> list[torch.Tensor]:
+    """The squares to split, per level, for the tree that redraws the most content at a mean strength as near to the budget as can be.
 
-    Splitting a node adds its share of the area over the number of levels, so the mean strength is a
-    cumulated sum over nodes in order of their content.
+    content: of the smallest cells. Splitting a square redraws all of it by one step of strength more, so a tree's worth
+    at a price for redrawn area is a sum over its split squares, and the best trees for falling prices grow out of each
+    other (cost-complexity pruning: Breiman, Friedman, Olshen, Stone 1984). Where one step is large, since a flat square
+    pays only together with the busy ones in it, these follow it one by one.
     """
-    levels = len(effective) - 1
-    if levels == 0:
-        return VISIBLE
-    values, order = torch.cat([grid.flatten() for grid in effective[1:]]).sort(descending=True)
-    gains = torch.cat([grid.flatten() for grid in areas[1:]])[order] / (areas[0].sum() * levels)
-    reached = F.pad(gains.cumsum(0), (1, 0))  # the mean strength after 0, 1, 2, ... splits
-    wanted = min(int(torch.searchsorted(reached, budget)), len(values)) - 1
-    # Nodes of one content are split together or not at all.
-    fewer, more = int((values > values[wanted]).sum()), int((values >= values[wanted]).sum())
-    splits = more if reached[more] - budget < budget - reached[fewer] else fewer
-    return max(float(values[splits]) if splits < len(values) else 0.0, VISIBLE)
+    prices = _prices(content, areas)
+    wanted = budget * float(areas[0].sum()) * (len(areas) - 1)
+    while prices is not None:
+        values = _least_of_ancestors(prices)
+        price, is_over, is_nearer = _price_at(values, areas, wanted)
+        prices = _with_first_split(prices, values, price) if is_over else None
+    return [grid >= price if is_nearer else grid > price for grid in values]
+
+
+def _prices(content: torch.Tensor, areas: list[torch.Tensor]) -> list[torch.Tensor]:
+    """For each square, the highest mean content of what it and any squares in it redraw when they are split together.
+
+    That is isotonic regression over the tree, by pooling adjacent violators: a square takes in those blocks of split
+    squares below it whose mean is above its own. blocks: (content and area, rows, cols, blocks) per square.
+    """
+    # In whole parts of a level: sums of whole numbers are exact, and so what is equal stays equal.
+    content = torch.where(content < VISIBLE, 0, (content * PRICE_STEPS).round())
+    own, prices = torch.stack([content * areas[0], areas[0]]), [torch.zeros_like(content)]
+    blocks = own.new_zeros(*own.shape, 0)
+    for _ in areas[1:]:
+        own, blocks = torch.stack([pool(grid, 2, torch.sum) for grid in own]), _of_quarters(blocks)
+        order = _mean_content(blocks).argsort(-1, descending=True)
+        blocks = blocks.gather(-1, order.expand_as(blocks))
+        joined = torch.cat([own[..., None], blocks], -1).cumsum(-1)
+        price, taken = _mean_content(joined).max(-1, keepdim=True)
+        left = torch.arange(blocks.shape[-1]) >= taken
+        blocks = torch.cat([joined.gather(-1, taken.expand(2, *taken.shape)), blocks * left], -1)
+        prices.append(price[..., 0])
+    return prices
+
+
+def _mean_content(blocks: torch.Tensor) -> torch.Tensor:
+    """Content over area; 0 where there is nothing."""
+    return blocks[0] / blocks[1].clamp(min=1)
+
+
+def _of_quarters(blocks: torch.Tensor) -> torch.Tensor:
+    """The blocks of each 2 x 2 squares together: (2, rows, cols, n) to (2, rows / 2, cols / 2, 4 n)."""
+    blocks = F.pad(blocks, (0, 0, 0, blocks.shape[2] % 2, 0, blocks.shape[1] % 2))
+    _, rows, cols, count = blocks.shape
+    return blocks.view(2, rows // 2, 2, cols // 2, 2, count).transpose(2, 3).reshape(2, rows // 2, cols // 2, 4 * count)
+
+
+def _price_at(values: list[torch.Tensor], areas: list[torch.Tensor], wanted: float) -> tuple[float, bool, bool]:
+    """The value of the squares with which the split area passes what is wanted; whether it does; whether it is nearer with them.
+
+    Squares of one value are split together or not at all, those of value 0 never.
+    """
+    ordered, order = torch.cat([grid.flatten() for grid in values]).sort(descending=True)
+    reached = F.pad(torch.cat([grid.flatten() for grid in areas])[order].cumsum(0), (1, 0))
+    place = min(int(torch.searchsorted(reached, wanted)), int((ordered > 0).sum())) - 1
+    if place < 0:
+        return 0.0, False, False
+    price = ordered[place]
+    fewer, more = float(reached[(ordered > price).sum()]), float(reached[(ordered >= price).sum()])
+    return float(price), more > wanted, more - wanted < wanted - fewer
+
+
+def _with_first_split(prices: list[torch.Tensor], values: list[torch.Tensor], price: float) -> list[torch.Tensor] | None:
+    """The prices once the uppermost squares of a value are split without what is in them; None if nothing in them is worth more."""
+    above = [double(grid, finer) > price for grid, finer in zip(values[1:], values)] + [torch.ones_like(values[-1], dtype=torch.bool)]
+    first = [(grid == price) & open_above for grid, open_above in zip(values, above)]
+    prices = [
+        torch.where(value > price, math.inf, torch.where(is_first, FIRST_PRICE, grid)) for grid, value, is_first in zip(prices, values, first)]
+    worth_more = any(bool(((grid > price) & (grid < FIRST_PRICE)).any()) for grid in _least_of_ancestors(prices))
+    return prices if worth_more else None
 
 
 def leaf_level(split: list[torch.Tensor]) -> torch.Tensor:

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import importlib.util
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,12 +12,13 @@ import numpy
 import torch
 from PIL import Image
 from qtd_pack.denoise_schedule import share_at
-from qtd_pack.quadtree import build_quadtree
+from qtd_pack.quadtree import CellStatistics, Quadtree, grow_quadtree, measure_cells
 from qtd_pack.sampling_run import strengths_in_cells
 from qtd_pack.windows import TilePlan, WindowCost, WindowSizes, full_grid, plan_windows, window_sizes
 
 PHOTOS = ("astronaut", "camera", "chelsea", "coffee", "hubble_deep_field", "moon", "retina", "rocket")
 BUDGETS = (0.25, 0.4, 0.6)
+CURVE_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 CELL_PX = 8
 
 # FLUX.1-dev: 2 x 2 cells to a token, 512 tokens of text, 3072 wide.
@@ -34,8 +37,70 @@ def load_photo(name: str, side_px: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=None)
-def photo_tree(name: str, side_px: int, budget: float, min_leaf: int = 64, max_leaf: int = 1024):
-    return build_quadtree(load_photo(name, side_px), detail_budget=budget, min_leaf=min_leaf, max_leaf=max_leaf)
+def photo_cells(name: str, side_px: int, min_leaf: int) -> CellStatistics:
+    return measure_cells(load_photo(name, side_px), min_leaf, with_gradients=False)
+
+
+@lru_cache(maxsize=None)
+def photo_tree(name: str, side_px: int, budget: float, min_leaf: int = 64, max_leaf: int = 1024) -> Quadtree:
+    return grow_quadtree(
+        photo_cells(name, side_px, min_leaf), detail_budget=budget, content_threshold=0.0, max_leaf=max_leaf, min_denoise=0.0, max_denoise=1.0, metric="variance")
+
+
+def tree_of_threshold(cells: CellStatistics, threshold: float, max_leaf: int) -> Quadtree:
+    return grow_quadtree(cells, detail_budget=0.0, content_threshold=threshold, max_leaf=max_leaf, min_denoise=0.0, max_denoise=1.0, metric="variance")
+
+
+@lru_cache(maxsize=None)
+def threshold_tree(name: str, side_px: int, budget: float, min_leaf: int = 64, max_leaf: int = 1024) -> Quadtree:
+    """The old rule: squares are split while their content exceeds one threshold, whose mean strength comes nearest to the budget."""
+    cells, low, high = photo_cells(name, side_px, min_leaf), 1.0, 450.0
+    found = [tree_of_threshold(cells, threshold, max_leaf) for threshold in (low, high)]
+    for _ in range(24):
+        middle = (low + high) / 2
+        found.append(tree_of_threshold(cells, middle, max_leaf))
+        low, high = (middle, high) if found[-1].mean_strength > budget else (low, middle)
+    return min(found, key=lambda tree: abs(tree.mean_strength - budget))
+
+
+@dataclass(frozen=True, slots=True)
+class Redrawn:
+    """What a tree redraws of a picture: shares from 0 to 1.
+
+    content: of the content of the smallest cells, strength for strength. busiest: mean strength of the busiest tenth of
+    them. busiest_kept, kept: strength 0 among those and in the whole. strength: mean.
+    """
+
+    content: float
+    busiest: float
+    busiest_kept: float
+    kept: float
+    strength: float
+
+
+def smallest_cells(cells: CellStatistics) -> tuple[torch.Tensor, torch.Tensor]:
+    """Content and area of each, in order."""
+    leaves = tree_of_threshold(cells, 0.0, cells.cell_px).leaves
+    found = torch.tensor([(leaf.detail, leaf.rect.height * leaf.rect.width) for leaf in leaves], dtype=torch.float64)
+    return found[:, 0], found[:, 1]
+
+
+def redrawn(tree: Quadtree, cells: CellStatistics) -> Redrawn:
+    content, area = smallest_cells(cells)
+    strength = cell_strengths(tree).flatten()
+    busiest = strength[content >= content.quantile(0.9)]
+    return Redrawn(
+        float((strength * content * area).sum() / (content * area).sum()), float(busiest.mean()), float((busiest == 0).double().mean()),
+        tree.kept_share, tree.mean_strength)
+
+
+def cell_strengths(tree: Quadtree) -> torch.Tensor:
+    """The strength over each smallest cell, (rows, cols)."""
+    grid = torch.zeros(-(-tree.height // tree.min_leaf), -(-tree.width // tree.min_leaf), dtype=torch.float64)
+    for leaf in tree.leaves:
+        top, left, side = (length // tree.min_leaf for length in (leaf.rect.top, leaf.rect.left, leaf.side))
+        grid[top:top + side, left:left + side] = leaf.strength
+    return grid
 
 
 @dataclass(frozen=True)
@@ -75,3 +140,28 @@ def planned_run(tree, *, steps: int = 20, sizes: WindowSizes | None = None, cost
             known[count] = plan_windows(active, sizes, cost)
         plans.append(known[count])
     return PlannedRun(tuple(plans), full_grid(height, width, sizes, cost), tree.mean_strength)
+
+
+def curve(tree_of: Callable[..., Quadtree], plan_run: Callable, photos, side: int, budgets) -> list[tuple[float, float]]:
+    """Cost of a run and content redrawn, mean of the photos, for each budget."""
+    points = []
+    for budget in budgets:
+        trees = [tree_of(name, side, budget, 64 * side // 2048, 1024 * side // 2048) for name in photos]
+        content = statistics.mean(redrawn(tree, photo_cells(name, side, tree.min_leaf)).content for name, tree in zip(photos, trees))
+        points.append((statistics.mean(plan_run(tree).cost for tree in trees), content))
+    return points
+
+
+def pairs(photos=PHOTOS, side: int = 2048, budgets=CURVE_BUDGETS) -> dict[str, list[tuple[float, float]]]:
+    """The curves of the old pair and of the new one, (cost, content redrawn) in growing order."""
+    sizes = window_sizes(*(length * side // 2048 // 8 for length in (256, 1024, 64)), FLUX_DEV.patch)
+    plan_run = lambda tree: planned_run(tree, sizes=sizes)
+    return {
+        "one threshold, square windows": curve(threshold_tree, plan_run, photos, side, budgets),
+        "best tree, windows as they are planned": curve(photo_tree, plan_run, photos, side, budgets),
+    }
+
+
+def at_cost(points: list[tuple[float, float]], cost: float) -> float:
+    """The content redrawn at a cost, between the points of a curve; nothing is redrawn for nothing, and all by the last."""
+    return float(numpy.interp(cost, [0.0, *(paid for paid, _ in points)], [0.0, *(content for _, content in points)]))

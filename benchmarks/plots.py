@@ -40,3 +40,16 @@ def budget_plot(found: list[dict], file: Path) -> str:
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
     return f"\n![Cost over budget]({file.name})\n"
+
+
+def pairs_plot(found: dict, file: Path) -> str:
+    """Content redrawn over cost, a curve for each pair of tree and windows."""
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for label, points in found.items():
+        axes.plot(*zip((0.0, 0.0), *points), marker="o", markersize=4, label=label)
+    axes.set(xlabel="cost, share of the full grid", ylabel="content redrawn", xlim=(0, 1.05), ylim=(0, 1.05))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+    return f"\n![Content redrawn over cost]({file.name})\n"

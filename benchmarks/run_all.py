@@ -2,7 +2,7 @@
 
     python run.py bench [PART ...] [--tiny] [--threads N]
 
-Parts: tree, planning, overhead, budget, memory, cuda; all of them if none is named. `bench quality` measures how the
+Parts: tree, trees, planning, overhead, budget, memory, cuda; all of them if none is named. `bench quality` measures how the
 results look. --tiny runs every part small, to see that it works: its figures say nothing, and are not written.
 """
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("tree", "planning", "overhead", "budget", "memory", "cuda")
+PARTS = ("tree", "trees", "planning", "overhead", "budget", "memory", "cuda")
 
 
 def run_part(name: str, tiny: bool) -> str:
@@ -24,10 +24,14 @@ def run_part(name: str, tiny: bool) -> str:
     import plots
     import sampling_cost
     import tree_and_plan
+    import trees
 
     if name == "tree":
         text, found = tree_and_plan.tree_part(tiny)
         return text if tiny else text + plots.tree_plot(found, HERE / "tree.png")
+    if name == "trees":
+        text, found = trees.trees_part(tiny)
+        return text if tiny else text + plots.pairs_plot(found, HERE / "pairs.png")
     if name == "planning":
         return tree_and_plan.planning_part(tiny)
     if name == "overhead":

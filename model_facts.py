@@ -8,6 +8,7 @@ import torch
 import comfy.model_management
 
 from .conditioning import REFERENCES, cut_conds
+from .network_work import network_work
 from .windows import WindowCost
 
 
@@ -21,14 +22,14 @@ def patch_cells(model) -> int:
 
 
 def window_cost(model, conds, shape) -> WindowCost:
-    """The cost of a window for this model: what it says of its width, patch and text, else a middling transformer."""
+    """The cost of a window for this model, by its layers, its patch and its text."""
     network = model.diffusion_model
-    is_transformer = not hasattr(network, "input_blocks")
-    width = next((getattr(network, name) for name in ("hidden_size", "inner_dim", "dim") if isinstance(getattr(network, name, None), int)), 2048)
+    names = ("hidden_size", "inner_dim", "dim", "model_channels")
+    width = next((getattr(network, name) for name in names if isinstance(getattr(network, name, None), int)), 2048)
     frames, patch = math.prod(shape[2:-2]), patch_cells(model)
     beside = [_tokens_beside(entry["model_conds"], shape, patch) for entries in conds for entry in entries]
     cut, whole = (max(tokens, default=0) for tokens in zip(*beside)) if beside else (0, 0)
-    return WindowCost(patch, frames + cut, whole, width) if is_transformer else WindowCost(patch, frames, 0, width)
+    return network_work(network, width).cost(patch, frames + cut, whole, width)
 
 
 def _tokens_beside(model_conds, shape, patch: int) -> tuple[int, int]:

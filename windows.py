@@ -54,16 +54,23 @@ class WindowCost:
 
     A transformer layer of width c spends about 24 c^2 operations on a token and 4 c on each pair of tokens,
     so n tokens cost n + n^2 / (6 c) tokens' worth. Every window pays for the text again.
+    layer: the 6, in layers of another build. text_share: what a token of text costs in them, against a patch.
+    text_attends: False where patches only look at the text.
     """
 
     patch: int = 2
     frames: int = 1
     text_tokens: int = 0
     width: int = 2048
+    layer: float = 6.0
+    text_share: float = 1.0
+    text_attends: bool = True
 
-    def of(self, height: int, width: int) -> float:
-        tokens = math.ceil(height / self.patch) * math.ceil(width / self.patch) * self.frames + self.text_tokens
-        return tokens + tokens * tokens / (6 * self.width)
+    def of(self, height, width):
+        """In tokens. height, width: cells, whole numbers or tensors of them."""
+        patches = -(-height // self.patch) * -(-width // self.patch) * self.frames
+        attending = patches + self.text_tokens if self.text_attends else patches
+        return patches + self.text_share * self.text_tokens + attending * attending / (self.layer * self.width)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,10 +51,11 @@ PURE = {
     "utils": set(), "copies": set(), "denoise_schedule": set(), "clock": {"denoise_schedule"}, "quadtree": {"utils"},
     "placement": {"quadtree", "utils"}, "strengths": {"placement", "quadtree", "utils"}, "painting": {"placement", "quadtree", "utils"},
     "drawing": {"quadtree", "utils"}, "compositing": {"placement", "quadtree", "utils"}, "windows": {"utils"}, "blending": {"utils", "windows"},
+    "network_work": {"windows"},
 }
 OUTSIDE = {
     "__future__", "copy", "enum", "fractions", "functools", "inspect", "itertools", "json", "math", "dataclasses", "collections.abc", "torch",
-    "torch.nn.functional", "types", "weakref"}
+    "re", "torch.nn.functional", "types", "weakref"}
 
 
 @pytest.mark.parametrize("name", PURE)

@@ -193,6 +193,9 @@ def test_a_plan_costs_what_its_windows_cost():
     (WindowCost(2, 1, 36, 1000), 16, 16, 100 + 100 * 100 / 6000),
     (WindowCost(2, 3, 8, 1000), 15, 16, 200 + 200 * 200 / 6000),
     (WindowCost(1, 1, 0, 1000), 16, 16, 256 + 256 * 256 / 6000),
+    (WindowCost(1, 1, 0, 1000, 7.5), 16, 16, 256 + 256 * 256 / 7500),
+    (WindowCost(2, 1, 36, 1000, 6.0, 0.5), 16, 16, 64 + 18 + 100 * 100 / 6000),
+    (WindowCost(2, 3, 8, 1000, 5.0, 0.25, False), 15, 16, 192 + 2 + 192 * 192 / 5000),
 ])
 def test_a_window_costs_its_tokens_the_text_and_the_pairs_of_them(cost, height, width, expected):
     assert cost.of(height, width) == pytest.approx(expected)

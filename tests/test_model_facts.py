@@ -1,0 +1,69 @@
+"""The price of a window is what it takes: operations that torch counts on the host's networks at full size, without weights."""
+from __future__ import annotations
+
+import comfy.conds
+import pytest
+import torch
+from conftest import ROOT, load_module
+from tiny_models import FAMILIES, load
+
+from qtd_pack.model_facts import window_cost
+from qtd_pack.network_work import Work, network_work
+from qtd_pack.windows import WindowCost
+
+full_size = load_module("qtd_full_size", ROOT / "benchmarks" / "full_size.py")
+
+
+def priced(name: str, canvas: tuple[int, int] = (256, 256), text: int | None = None, references=()) -> WindowCost:
+    """What the patch makes of the model, its text and its references, on a canvas of so many cells."""
+    full = full_size.MODELS[name]
+    given = {"c_crossattn": comfy.conds.CONDCrossAttn(torch.zeros(1, full.text[0] if text is None else text, 1))}
+    if references:
+        given["ref_latents"] = comfy.conds.CONDList([torch.zeros(full.latent_shape(*size)) for size in references])
+    return window_cost(full_size.built(name), [[{"model_conds": given}]], full.latent_shape(*canvas))
+
+
+def assert_priced(cost: WindowCost, operations: dict[tuple[int, int], int]) -> None:
+    """The price of any of these windows, over that of any other, is as counted to 2 %."""
+    per_token = [counted / cost.of(*size) for size, counted in operations.items()]
+    assert max(per_token) / min(per_token) < 1.02
+
+
+@pytest.mark.parametrize("name", full_size.MODELS)
+def test_windows_of_every_family_cost_what_they_take(name):
+    assert_priced(priced(name), {size: full_size.operations(name, *size) for size in ((32, 32), (256, 256))})
+
+
+@pytest.mark.parametrize("name, text", [("SD 3.5 medium", 333), ("Wan 2.1 1.3B", 64), ("Z-Image", 32), ("SDXL", 231)])
+def test_a_longer_or_shorter_prompt_is_paid_by_every_window(name, text):
+    assert_priced(priced(name, text=text), {size: full_size.operations(name, *size, text=text) for size in ((32, 32), (96, 64))})
+
+
+@pytest.mark.parametrize("name", ["FLUX.2-dev", "Z-Image"])
+def test_a_reference_that_is_not_cut_is_paid_whole_by_every_window(name):
+    references = ((64, 48),)
+    assert_priced(priced(name, references=references), {size: full_size.operations(name, *size, references=references) for size in ((32, 32), (96, 64))})
+
+
+def test_a_reference_of_the_canvas_size_is_cut_to_the_window():
+    sizes = (32, 32), (96, 64)
+    assert_priced(priced("FLUX.1-dev", (128, 128), references=((128, 128),)), {size: full_size.operations("FLUX.1-dev", *size, references=(size,)) for size in sizes})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_layers_of_every_family_are_found(name):
+    network = load(name).patcher.model.diffusion_model
+    work = network_work(network, 1)
+    assert work.patch > 0 and work.attention > 0 and work.text > 0
+    # In UNets, Wan and LTX-Video the text is looked at and does not go on.
+    assert (work.looking > 0) == name.startswith(("sd15", "sdxl", "wan", "ltxv"))
+
+
+def test_a_network_without_known_blocks_costs_as_a_middling_transformer():
+    assert Work().cost(2, 3, 77, 2048) == WindowCost(2, 3, 77, 2048)
+    assert network_work(torch.nn.Sequential(torch.nn.Linear(8, 8)), 8).cost(1, 1, 0, 8) == WindowCost(1, 1, 0, 8)
+
+
+def test_prices_of_many_windows_at_once_are_those_of_each():
+    cost, sides = priced("SDXL"), torch.tensor([8, 12, 64, 200])
+    assert cost.of(sides, sides.flip(0)).tolist() == [pytest.approx(cost.of(height, width)) for height, width in zip(sides.tolist(), sides.flip(0).tolist())]

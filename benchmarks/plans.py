@@ -142,23 +142,23 @@ def planned_run(tree, *, steps: int = 20, sizes: WindowSizes | None = None, cost
     return PlannedRun(tuple(plans), full_grid(height, width, sizes, cost), tree.mean_strength)
 
 
-def curve(tree_of: Callable[..., Quadtree], plan_run: Callable, photos, side: int, budgets) -> list[tuple[float, float]]:
+def curve(tree_of: Callable[..., Quadtree], plan_run: Callable, photos, side: int, budgets, max_leaf: int) -> list[tuple[float, float]]:
     """Cost of a run and content redrawn, mean of the photos, for each budget."""
     points = []
     for budget in budgets:
-        trees = [tree_of(name, side, budget, 64 * side // 2048, 1024 * side // 2048) for name in photos]
+        trees = [tree_of(name, side, budget, 64 * side // 2048, max_leaf * side // 2048) for name in photos]
         content = statistics.mean(redrawn(tree, photo_cells(name, side, tree.min_leaf)).content for name, tree in zip(photos, trees))
         points.append((statistics.mean(plan_run(tree).cost for tree in trees), content))
     return points
 
 
-def pairs(photos=PHOTOS, side: int = 2048, budgets=CURVE_BUDGETS) -> dict[str, list[tuple[float, float]]]:
+def pairs(photos=PHOTOS, side: int = 2048, budgets=CURVE_BUDGETS, max_leaf: int = 512) -> dict[str, list[tuple[float, float]]]:
     """The curves of the old pair and of the new one, (cost, content redrawn) in growing order."""
     sizes = window_sizes(*(length * side // 2048 // 8 for length in (256, 1024, 64)), FLUX_DEV.patch)
     plan_run = lambda tree: planned_run(tree, sizes=sizes)
     return {
-        "one threshold, square windows": curve(threshold_tree, plan_run, photos, side, budgets),
-        "best tree, windows as they are planned": curve(photo_tree, plan_run, photos, side, budgets),
+        "one threshold, square windows": curve(threshold_tree, plan_run, photos, side, budgets, max_leaf),
+        "best tree, windows as they are planned": curve(photo_tree, plan_run, photos, side, budgets, max_leaf),
     }
 
 

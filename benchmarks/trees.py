@@ -47,15 +47,15 @@ def rule_row(rule: str, photos, side: int, budget: float, max_leaf: int) -> tupl
 def trees_part(tiny: bool) -> tuple[str, dict]:
     """The table of rules and the curves of both pairs."""
     photos, side = (PHOTOS[:1], 512) if tiny else (PHOTOS, 2048)
-    rows = [rule_row(rule, photos, side, budget, max_leaf) for max_leaf, budget in ((1024, 0.25), (1024, 0.4), (1024, 0.6), (512, 0.25), (512, 0.4)) for rule in RULES]
+    rows = [rule_row(rule, photos, side, budget, max_leaf) for max_leaf, budget in ((512, 0.25), (512, 0.4), (512, 0.6), (1024, 0.25), (1024, 0.4)) for rule in RULES]
     text = "## The tree for a budget\n\n" + table(
         ("max_leaf", "budget", "rule", "content redrawn", "at most", "strength of the busiest tenth", "of it kept", "kept exactly", "mean strength"), rows)
     text += (
-        "\nEight photos at 2048 px, smallest leaves of 64 px, means. One threshold: the old rule, which split a square while its content exceeded one threshold. "
+        "\nEight photos at 2048 px, smallest leaves of 64 px, means; largest leaves of 512 px are what fits these photos by itself. One threshold: the old rule, which split a square while its content exceeded one threshold. "
         "Content redrawn: of the smallest cells' content, strength for strength. At most: what no tree of that mean strength can exceed as long as a leaf's "
         "strength follows from its size (a bound, by prices). The busiest tenth: of the smallest cells.\n\n")
     found = pairs(photos, side)
     (old_name, old), (new_name, new) = found.items()
     rows = [(f"{cost:.2f}", f"{content:.3f}", f"{at_cost(new, cost):.3f}", f"{at_cost(new, cost) / content:.2f}") for cost, content in old]
     return text + table(("cost, of the full grid", f"content redrawn: {old_name}", new_name, "ratio"), rows) + (
-        "\nAt equal cost: windows of 256 to 1024 px, overlap 64 px, 20 steps, tokens as FLUX.1-dev counts them. Between budgets the curve of the new pair is a line.\n"), found
+        "\nAt equal cost, largest leaves of 512 px: windows of 256 to 1024 px, overlap 64 px, 20 steps, tokens as FLUX.1-dev counts them. Between budgets the curve of the new pair is a line.\n"), found

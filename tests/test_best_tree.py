@@ -211,15 +211,15 @@ def test_of_several_images_each_cell_counts_as_in_the_busiest():
 
 
 def mean_of_photos(tree_of, budget: float) -> plans.Redrawn:
-    found = [plans.redrawn(tree_of(name, 2048, budget), plans.photo_cells(name, 2048, 64)) for name in plans.PHOTOS]
+    found = [plans.redrawn(tree_of(name, 2048, budget, 64, 0), plans.photo_cells(name, 2048, 64)) for name in plans.PHOTOS]
     return plans.Redrawn(*(statistics.mean(getattr(one, name) for one in found) for name in plans.Redrawn.__slots__))
 
 
-@pytest.mark.parametrize("budget, content, busiest, kept", [(0.25, 0.355, 0.46, 0.49), (0.4, 0.535, 0.68, 0.27)])
+@pytest.mark.parametrize("budget, content, busiest, kept", [(0.25, 0.41, 0.62, 0.6), (0.4, 0.6, 0.83, 0.41)])
 def test_eight_photos_are_redrawn_where_they_are_busy(budget, content, busiest, kept):
     old, new = (mean_of_photos(tree_of, budget) for tree_of in (plans.threshold_tree, plans.photo_tree))
-    assert new.content >= content > 1.08 * old.content
-    assert new.busiest >= busiest > 1.05 * old.busiest
+    assert new.content >= content > 1.04 * old.content
+    assert new.busiest >= busiest > old.busiest
     assert new.kept >= kept > old.kept
     assert new.strength == pytest.approx(budget, abs=0.01)
 

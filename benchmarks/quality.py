@@ -216,7 +216,7 @@ def window_borders(run, *, cores: bool) -> torch.Tensor:
     """Lines, (2, rows, cols), where a window of any step begins or ends; with `cores` its core instead."""
     height, width = run.facts.strengths.shape
     found = torch.zeros(2, height + 1, width + 1, dtype=torch.bool)
-    for plan, _ in run.plans.values():
+    for plan, *_ in run.plans.values():
         for window in plan.windows:
             part = window.core if cores else window.rect
             for row in (part.top, part.bottom):

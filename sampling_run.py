@@ -47,6 +47,7 @@ class Settings:
     original, sigmas: the clean latent, as the host's nodes pass it, and the whole schedule, for a stage of several.
     tell: is given lines for the user, how far a step is and in the end what the run did, each with its numbers by name.
     wrap: along which axes the picture goes on over its border, one of WRAPS.
+    hold_tones: how much of the original's tones is held against windows that drift apart, see tones.py.
     """
 
     tree: Quadtree
@@ -63,6 +64,7 @@ class Settings:
     sigmas: torch.Tensor | None = None
     tell: Callable[..., None] | None = None
     wrap: str = "none"
+    hold_tones: float = 0.0
 
     def __post_init__(self):
         for name, allowed in (("method", METHODS), ("schedule", SCHEDULES), ("shift_method", SHIFTS), ("wrap", WRAPS)):
@@ -74,6 +76,8 @@ class Settings:
             raise ValueError(f"tile_overlap and tile_batch_size: expected 0 or more, got {self.tile_overlap} and {self.tile_batch_size}.")
         if not 0 <= self.skip_diffusion_below <= 1:
             raise ValueError(f"skip_diffusion_below: expected a strength from 0 to 1, got {self.skip_diffusion_below}.")
+        if not 0 <= self.hold_tones <= 1:
+            raise ValueError(f"hold_tones: expected 0 to 1, got {self.hold_tones}.")
 
     def sizes(self, model) -> WindowSizes:
         """The windows' sizes in cells of this model's latents."""

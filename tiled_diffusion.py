@@ -30,6 +30,7 @@ from .patches import apply_model, windows_are_alone, with_windows
 from .prompts import prompts_of_windows
 from .refusals import check_canvas, check_controls, check_guidance, check_latent, check_size
 from .sampling_run import Call, Run, Settings, like
+from .tones import hold_at, low_pass
 from .utils import cut_latent, pieces, slices
 from .windows import group_windows
 
@@ -137,11 +138,14 @@ def _predict_noise(executor, x, sigma, model_options={}, *args, **kwargs):
     run.whole_x = x
     denoised = executor(x, sigma, model_options, *args, **kwargs)
     run.whole_x = None
+    original = None if run.facts.original is None else like(run.facts.original, denoised)
+    hold = hold_at(run.settings.hold_tones, progress)
+    if hold and original is not None:
+        denoised = denoised + hold * low_pass(original - denoised, run.facts.sizes.sides[-1], run.facts.sizes.wraps)
     if run.least_share(progress) == 1:
         return denoised
-    original = run.facts.original
     share = run.share(progress, run.facts.strengths).to(denoised)
-    return torch.lerp(x if original is None else like(original, denoised), denoised, share)
+    return torch.lerp(x if original is None else original, denoised, share)
 
 
 def _calc_cond_batch(executor, model, conds, x, sigma, model_options):

@@ -206,6 +206,7 @@ class QuadtreeTiledDiffusion(io.ComfyNode):
                 io.Latent.Input("original", optional=True, tooltip="For sampling that is split over several samplers: the encoded picture. A later stage starts from a half-sampled latent and cannot know it."),
                 io.Sigmas.Input("sigmas", optional=True, tooltip="For sampling that is split over several samplers: the whole schedule, before the split."),
                 io.Combo.Input("wrap", options=list(WRAPS), default="none", optional=True, advanced=True, tooltip="For pictures that go on over their border: panoramas (horizontal) and textures (both). Windows then lie over the border, too, so that no seam shows there."),
+                io.Float.Input("hold_tones", default=0.0, min=0.0, max=1.0, step=0.05, optional=True, advanced=True, tooltip="Holds the picture's tones where windows drift apart in colour at high strengths: what varies more slowly than over a window is pulled to the original, most at the first steps. 0 holds nothing, 1 most."),
             ],
             outputs=[io.Model.Output("model", tooltip="The patched model, for any sampler node.")],
             hidden=[io.Hidden.unique_id],

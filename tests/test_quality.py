@@ -52,8 +52,8 @@ def test_without_easing_lines_show_between_leaves(bench, monkeypatch):
 def test_composite_makes_kept_pixels_exact_and_no_edge_around_them(bench, name):
     picture = bench.pictures[name]
     tree, painting = quality.detail_painting(bench, name)
-    result = quality.trees.composite(picture, painting.picture, tree)
-    kept = quality.trees.strength_raster(tree, *picture.shape[1:3]) == 0
+    result = quality.composite(picture, painting.picture, tree)
+    kept = quality.strength_raster(tree, *picture.shape[1:3]) == 0
     assert kept.any()
     assert torch.equal(result[0][kept], picture[0][kept])
     assert quality.kept_edge_ratio(result, picture, tree) <= 1.02

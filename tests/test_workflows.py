@@ -19,6 +19,7 @@ import torch
 from comfy_cli.workflow_to_api import convert_ui_to_api
 from PIL import Image
 from qtd_pack import nodes as pack_nodes
+from qtd_pack.placement import strength_raster
 from stand_ins import STAND_INS, write_stand_in
 
 FOLDER = Path(__file__).resolve().parent.parent / "workflows"
@@ -176,8 +177,8 @@ def test_the_pictures_of_a_workflow_fit_together_at_the_sizes_that_photos_have(n
     (composite,) = (node_id for node_id, node in graph.items() if node["class_type"] == "QuadtreeComposite")
     (out,), original, tree = follow.outputs(composite), follow.value(composite, "original"), follow.value(composite, "quadtree")
     assert out.shape == original.shape
-    assert pack_nodes.trees.strength_raster(tree, original.shape[1] // 8, original.shape[2] // 8, 8).unique().numel() > 1
-    kept = pack_nodes.trees.strength_raster(tree, *original.shape[1:3]) == 0
+    assert strength_raster(tree, original.shape[1] // 8, original.shape[2] // 8, 8).unique().numel() > 1
+    kept = strength_raster(tree, *original.shape[1:3]) == 0
     assert 0 < float(kept.float().mean()) < 1
     assert torch.equal(out[:, kept], original[:, kept])
     assert float((out[:, ~kept] != original[:, ~kept]).float().mean()) > 0.5

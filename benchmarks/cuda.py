@@ -14,16 +14,8 @@ from measuring import synchronize, table, timed
 from qtd_pack.tiled_diffusion import TiledDiffusion
 from sampling import even_tree, with_prediction
 
+from full_size import FLUX, SDXL
 from plans import BUDGETS, photo_tree
-
-FLUX_DEV = dict(
-    image_model="flux", in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096, hidden_size=3072, mlp_ratio=4.0, num_heads=24, depth=19,
-    depth_single_blocks=38, axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True, txt_ids_dims=[])
-SDXL = dict(
-    image_size=32, use_checkpoint=False, use_spatial_transformer=True, legacy=False, in_channels=4, out_channels=4, model_channels=320,
-    num_res_blocks=[2, 2, 2], channel_mult=[1, 2, 4], transformer_depth=[0, 0, 2, 2, 10, 10], transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10],
-    transformer_depth_middle=10, use_linear_in_transformer=True, context_dim=2048, adm_in_channels=2816, num_classes="sequential", num_head_channels=64,
-    num_heads=-1, use_temporal_resblock=False, use_temporal_attention=False)
 
 
 @dataclass(frozen=True)
@@ -39,13 +31,13 @@ class FullSize:
 
 
 MODELS = (
-    FullSize("FLUX.1-dev", comfy.supported_models.Flux, FLUX_DEV, 1.0, (512, 4096), 768),
+    FullSize("FLUX.1-dev", comfy.supported_models.Flux, FLUX, 1.0, (512, 4096), 768),
     FullSize("SDXL", comfy.supported_models.SDXL, SDXL, 5.0, (77, 2048), 1280),
 )
 TINY = (
     FullSize(
         "FLUX.1-dev, tiny", comfy.supported_models.Flux,
-        FLUX_DEV | dict(hidden_size=128, num_heads=1, depth=1, depth_single_blocks=1, context_in_dim=64, vec_in_dim=64), 1.0, (64, 64), 64),
+        FLUX | dict(hidden_size=128, num_heads=1, depth=1, depth_single_blocks=1, context_in_dim=64, vec_in_dim=64), 1.0, (64, 64), 64),
     FullSize(
         "SDXL, tiny", comfy.supported_models.SDXL,
         SDXL | dict(model_channels=32, transformer_depth=[0, 0, 0, 0, 0, 1], transformer_depth_output=[0, 0, 0, 0, 0, 0, 0, 0, 1], transformer_depth_middle=1,

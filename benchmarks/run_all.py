@@ -1,13 +1,16 @@
 """How fast, how cheap, how much memory? Writes RESULTS.md and its plots beside this file.
 
-    python run.py bench [PART ...] [--tiny] [--threads N]
+    python run.py bench [PART ...] [--write] [--tiny] [--threads N]
 
-Parts: tree, trees, planning, overhead, budget, memory, cuda; all of them if none is named. `bench quality` measures how the
-results look. --tiny runs every part small, to see that it works: its figures say nothing, and are not written.
+Parts: tree, trees, planning, overhead, budget, memory, cuda, operations; all of them if none is named. Named parts are
+shown, and with --write take the place of what stands in RESULTS.md. `bench quality` measures how the results look. --tiny
+runs every part small, to see that it works: its figures say nothing, and are not written.
 """
 from __future__ import annotations
 
 import argparse
+import functools
+import re
 import sys
 import time
 from pathlib import Path
@@ -15,11 +18,12 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("tree", "trees", "planning", "overhead", "budget", "memory", "cuda")
+PARTS = ("tree", "trees", "planning", "overhead", "budget", "memory", "cuda", "operations")
 
 
 def run_part(name: str, tiny: bool) -> str:
     """The part's section of RESULTS.md; its plot, if it has one, is written beside it."""
+    import counted
     import cuda
     import plots
     import sampling_cost
@@ -41,7 +45,16 @@ def run_part(name: str, tiny: bool) -> str:
         return text if tiny else text + plots.budget_plot(found, HERE / "budget.png")
     if name == "memory":
         return sampling_cost.memory_part(tiny)
-    return cuda.cuda_part(tiny)
+    return counted.operations_part(tiny) if name == "operations" else cuda.cuda_part(tiny)
+
+
+def with_section(results: str, section: str) -> str:
+    """The results with one section, from its heading to the next, in the place of what had that heading, or at the end."""
+    heading = section.partition("\n")[0]
+    before, found, after = results.partition(heading + "\n")
+    following = re.search(r"^## ", after, re.MULTILINE)
+    rest = after[following.start():] if following else ""
+    return f"{before.rstrip()}\n\n{section.rstrip()}\n" + (f"\n{rest}" if rest else "")
 
 
 def main(words: list[str]) -> int:
@@ -51,6 +64,7 @@ def main(words: list[str]) -> int:
         return quality.main(words[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART")
+    parser.add_argument("--write", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args(words)
@@ -65,10 +79,19 @@ def main(words: list[str]) -> int:
         start = time.monotonic()
         sections.append(run_part(name, arguments.tiny))
         print(f"{sections[-1]}\n[{name}: {time.monotonic() - start:.0f} s]\n", flush=True)
-    if not arguments.tiny and not arguments.parts:
-        (HERE / "RESULTS.md").write_text("\n".join(sections), "utf-8")
-        print(f"wrote {HERE / 'RESULTS.md'}")
+    if not arguments.tiny and (arguments.write or not arguments.parts):
+        write(sections, bool(arguments.parts))
     return 0
+
+
+def write(sections: list[str], only_some: bool) -> None:
+    """Write RESULTS.md: all of it, or some parts' sections in their places."""
+    file = HERE / "RESULTS.md"
+    results = "\n".join(sections)
+    if only_some:
+        results = functools.reduce(with_section, sections[1:], file.read_text("utf-8"))
+    file.write_text(results, "utf-8")
+    print(f"wrote {file}")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from tiny_models import FAMILIES, load
 
 from qtd_pack.model_facts import window_cost
 from qtd_pack.network_work import Work, network_work
-from qtd_pack.windows import WindowCost
+from qtd_pack.windows import WindowCost, window_sizes
 
 full_size = load_module("qtd_full_size", ROOT / "benchmarks" / "full_size.py")
+plans = load_module("qtd_plans", ROOT / "benchmarks" / "plans.py")
 
 
 def priced(name: str, canvas: tuple[int, int] = (256, 256), text: int | None = None, references=()) -> WindowCost:
@@ -67,3 +68,11 @@ def test_a_network_without_known_blocks_costs_as_a_middling_transformer():
 def test_prices_of_many_windows_at_once_are_those_of_each():
     cost, sides = priced("SDXL"), torch.tensor([8, 12, 64, 200])
     assert cost.of(sides, sides.flip(0)).tolist() == [pytest.approx(cost.of(height, width)) for height, width in zip(sides.tolist(), sides.flip(0).tolist())]
+
+
+def test_a_run_over_a_photo_takes_what_was_planned():
+    full, tree = full_size.MODELS["Lumina 2"], plans.photo_tree("coffee", 1024, 0.4, 32, 256)
+    height, width = tree.height // full.px, tree.width // full.px
+    run = plans.planned_run(tree, cost=priced("Lumina 2", (height, width)), sizes=window_sizes(32, 64, 8, 2))
+    taken = lambda plan: sum(full_size.operations("Lumina 2", *sorted((window.rect.height, window.rect.width))) for window in plan.windows)
+    assert sum(map(taken, run.plans)) / (len(run.plans) * taken(run.grid)) == pytest.approx(run.cost, rel=0.01)

@@ -33,14 +33,14 @@ TEXT_ENCODER = {"class_type": "CLIPLoader", "inputs": {"clip_name": "clip_l.safe
 # mean nothing to the encoders here, so one is encoded for all.
 SMALL = {
     "megapixels": 0.02, "length": 5, "min_leaf": 16, "max_leaf": 64, "min_window": 64, "max_window": 64,
-    "tile_overlap": 16, "steps": 3, "feather": 8, "text": "",
+    "tile_overlap": 16, "steps": 3, "feather": 8, "text": "", "region_size": 64,
 }
 
 # Common sizes of photos. Only the first two have sides that the VAE need not crop, in some of the workflows.
 PHOTOS = [(640, 427), (800, 533), (1280, 853), (750, 1000), (1023, 767), (500, 375), (1080, 1350), (1365, 1024)]
 # As far beyond a multiple of 16 px as those, and small enough to be sampled.
 SMALL_PHOTOS = [(96, 75), (80, 69), (78, 104), (111, 79), (100, 71), (72, 102), (101, 64)]
-ENLARGING = ["flux-2x-upscale", "sdxl-2x-upscale-tile-controlnet"]
+ENLARGING = ["flux-2x-upscale", "flux-2x-upscale-prompts-for-regions", "sdxl-2x-upscale-tile-controlnet"]
 
 
 def workflow(name: str) -> dict:
@@ -77,7 +77,7 @@ def test_each_model_file_of_a_workflow_has_a_link(name):
 
 def test_the_templates_dialog_lists_every_workflow(server):
     assert sorted(server.get("/workflow_templates")[PACK]) == WORKFLOWS
-    assert len(WORKFLOWS) == 6
+    assert len(WORKFLOWS) == 8
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -222,7 +222,7 @@ class PictureSide:
 
 def make_small(graph: dict) -> None:
     for node in graph.values():
-        node["inputs"] |= {name: value for name, value in SMALL.items() if name in node["inputs"]}
+        node["inputs"] |= {name: value for name, value in SMALL.items() if name in node["inputs"] and not isinstance(node["inputs"][name], list)}
         if node["class_type"] in ("DualCLIPLoader", "CLIPLoader"):
             node.update(TEXT_ENCODER)
 

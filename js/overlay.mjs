@@ -123,7 +123,9 @@ export class Overlay {
       squares = paint(squares, [leaf.left, leaf.top, leaf.side, strength]);
       leaf.painted = strength !== null;
       leaf.strength = strength ?? leaf.strength;
+      if (leaf.painted) leaf.colour = this.tree.palette.at(strength ? -1 : 0);
     }
+    this.draw(); // until the server has answered
     this.setEdits(writeEdits(width, height, squares));
   }
 

@@ -14,6 +14,8 @@ const RUN_EVENT = "quadtree_tiled_diffusion.run";
 const timing = new Timing(app);
 const overlays = new WeakMap();
 const runLines = new WeakMap();
+// What runs told last, by the path of their node: nodes are made anew by undo and by a change of the language, their paths stay.
+const lastTold = new Map();
 
 /** The widget of `edits`: the overlay, whose value is what is painted. */
 function addOverlay(node, name) {
@@ -87,9 +89,16 @@ function nodeOfRun(id) {
   return graph?.getNodeById(path.at(-1));
 }
 
+function connectRunLine(node) {
+  const show = addRunLine(node);
+  runLines.set(node, show);
+  chain(node, "onConfigure", () => lastTold.has(timing.pathOf(node)) && show(lastTold.get(timing.pathOf(node))));
+}
+
 function takeRun(detail) {
   const node = nodeOfRun(detail.node);
   if (!node) return;
+  lastTold.set(timing.pathOf(node), detail);
   runLines.get(node)?.(detail);
   const seconds = detail.values?.seconds;
   if (seconds !== undefined) eachOverlay((overlay) => overlay.rememberRun(node, seconds));
@@ -120,7 +129,7 @@ app.registerExtension({
   getCustomWidgets: () => ({ QTD_EDITS: (node, name) => ({ widget: addOverlay(node, name) }) }),
   nodeCreated(node) {
     if (node.constructor.comfyClass === TREE_NODE) connectOverlay(node);
-    if (node.constructor.comfyClass === PATCH_NODE) runLines.set(node, addRunLine(node));
+    if (node.constructor.comfyClass === PATCH_NODE) connectRunLine(node);
   },
   // The results of a workflow whose tab is shown again.
   onNodeOutputsUpdated(results) {

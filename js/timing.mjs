@@ -78,9 +78,13 @@ export class Timing {
     return [root, ...(root.subgraphs?.values() ?? [])].flatMap((graph) => graph.nodes);
   }
 
-  // Nodes are made anew by undo and by a change of the language; their ids stay.
+  // By paths and not by the nodes, which undo and a change of the language make anew.
   keyOf(tree, patch) {
-    const pathOf = (node) => `${node.graph?.id}:${node.id}`;
-    return `${this.app.rootGraph.id} ${pathOf(tree)} ${pathOf(patch)}`;
+    return `${this.pathOf(tree)} ${this.pathOf(patch)}`;
+  }
+
+  /** Where a node is: in which workflow, in which of its graphs, under which id. */
+  pathOf(node) {
+    return `${this.app.rootGraph.id} ${node.graph?.id}:${node.id}`;
   }
 }

@@ -17,6 +17,7 @@ export class Overlay {
     Object.assign(this, { node, api, app, timing });
     this.result = this.tree = this.picture = this.hovered = this.focused = this.stroke = null;
     this.error = this.edits = "";
+    this.secondsOfRun = new Map(); // of the graph's present run, by patch node
     this.requests = new AbortController();
     this.build();
     this.sizes = new ResizeObserver(() => this.draw());
@@ -34,6 +35,7 @@ export class Overlay {
       this.draw();
     };
     picture.src = this.api.apiURL(`/view?${new URLSearchParams(result.image)}`);
+    this.rememberRuns();
     this.refresh();
   }
 
@@ -93,11 +95,17 @@ export class Overlay {
     return "name" in values ? { ...values, name: this.widget(values.name)?.label ?? values.name } : values;
   }
 
-  /** Remember how long a patch node's run took, if it had this tree. */
-  rememberRun(patch, seconds) {
-    const { cost, size } = this.result ?? {};
-    if (size && this.timing.patchesOf(this.node).includes(patch)) this.timing.remember(this.node, patch, { seconds, cost, size: String(size) });
+  /** Take how long a patch node's run took, if it had this tree. */
+  takeRun(patch, seconds) {
+    if (this.timing.patchesOf(this.node).includes(patch)) this.secondsOfRun.set(patch, seconds);
+    this.rememberRuns();
     this.showLine();
+  }
+
+  /** Remember what is known: a result from the host's cache comes after the sampling, and until then an older one is here. */
+  rememberRuns() {
+    const { cost, size } = this.result ?? {};
+    if (size) for (const [patch, seconds] of this.secondsOfRun) this.timing.remember(this.node, patch, { seconds, cost, size: String(size) });
   }
 
   secondsNow() {

@@ -101,7 +101,7 @@ function takeRun(detail) {
   lastTold.set(timing.pathOf(node), detail);
   runLines.get(node)?.(detail);
   const seconds = detail.values?.seconds;
-  if (seconds !== undefined) eachOverlay((overlay) => overlay.rememberRun(node, seconds));
+  if (seconds !== undefined) eachOverlay((overlay) => overlay.takeRun(node, seconds));
 }
 
 function eachOverlay(visit) {
@@ -123,6 +123,7 @@ app.registerExtension({
   },
   setup() {
     api.addEventListener(RUN_EVENT, ({ detail }) => takeRun(detail));
+    api.addEventListener("execution_start", () => eachOverlay((overlay) => overlay.secondsOfRun.clear()));
     // Another model, or other steps: the time of the last run may no longer be known.
     api.addEventListener("graphChanged", () => eachOverlay((overlay) => overlay.showLine()));
   },

@@ -128,6 +128,22 @@ class Frontend:
             self.page.mouse.click(x, y)
         return self.value(node, "detail_budget")
 
+    def until(self, condition: str, argument=None) -> None:
+        """Wait until a function of JavaScript holds for the argument."""
+        self.page.wait_for_function(condition, arg=argument)
+
+    def is_offered(self, node: str, widget: str) -> bool:
+        """Whether the node shows a widget, as its renderer says."""
+        if self.name.endswith("nodes2"):
+            return self.page.locator(f"[data-node-id='{node}']").get_by_text(widget, exact=True).count() > 0
+        return self.page.evaluate(
+            "([id, name]) => { const node = app.graph.getNodeById(id); return node.isWidgetVisible(node.widgets.find(w => w.name === name)) }", [node, widget])
+
+    def set_locale(self, locale: str) -> None:
+        """Change the language of the page, as its settings do, and wait until the host has built the graph anew."""
+        self.page.evaluate("locale => { for (const node of app.graph.nodes) node.isOld = true; return app.extensionManager.setting.set('Comfy.Locale', locale) }", locale)
+        self.until("() => app.graph.nodes.length > 0 && !app.graph.nodes.some(node => node.isOld)")
+
     def workflow(self) -> dict:
         """What the page would save."""
         return self.page.evaluate("async () => JSON.parse(JSON.stringify((await app.graphToPrompt()).workflow))")

@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import numpy
 import pytest
 import skimage.data
 from browser_tools import PICTURE, opened
-from conftest import host_server
+from conftest import ROOT, host_server
 from PIL import Image
 from stand_ins import write_stand_in
 
@@ -271,17 +272,163 @@ def test_a_node_removed_while_it_asks_leaves_nothing_behind(frontend, tree_node)
     assert frontend.page.locator(".qtd").count() == 0
 
 
+def shown_texts(frontend) -> list[str]:
+    """All that the page shows as text or in fields, and what the canvas writes into the widgets that it draws itself."""
+    return frontend.page.evaluate(
+        """() => [document.body.innerText, ...[...document.querySelectorAll("input, textarea")].map(field => field.value),
+        ...app.graph.nodes.flatMap(node => (node.widgets ?? []).filter(w => !w.element && node.isWidgetVisible(w)).map(w => String(w.value)))]""")
+
+
+def test_what_is_painted_is_nowhere_to_be_read_as_json(frontend, tree_node):
+    run_and_show(frontend, tree_node)
+    touch(frontend, 300, 100)
+    wait_for_painted(frontend, tree_node, 1)
+    frontend.page.evaluate("() => app.extensionManager.setting.set('Comfy.Node.AlwaysShowAdvancedWidgets', true)")
+    frontend.until("id => app.graph.getNodeById(id).widgets.length === 8", tree_node)
+    assert [text for text in shown_texts(frontend) if "squares" in text] == []
+    frontend.page.evaluate("() => app.extensionManager.setting.set('Comfy.Node.AlwaysShowAdvancedWidgets', false)")
+
+
+def test_edits_can_come_by_a_wire_and_the_node_says_so(frontend, tree_node):
+    sent = run_and_show(frontend, tree_node)
+    touch(frontend, 300, 100)
+    own = wait_for_painted(frontend, tree_node, 1)
+    text = frontend.add("PrimitiveString", (0, 500))
+    frontend.set_value(text, "value", json.dumps({"size": [600, 400], "squares": [[0, 0, 256, 1]]}))
+    frontend.link(text, 0, tree_node, "edits")
+    frontend.page.wait_for_selector(".qtd-wired", state="visible")
+    assert frontend.prompt()[tree_node]["inputs"]["edits"] == [text, 0]
+    touch(frontend, 40, 300)
+    assert frontend.page.locator(".qtd-live").text_content().startswith("edits is wired")
+    assert frontend.page.get_by_role("button", name="Clear", exact=True).is_disabled()
+    assert painted(frontend, tree_node) == own
+    saved = frontend.workflow()
+    assert mask_pixel(frontend, frontend.run(), 128, 128) == 255
+    frontend.shot("wired")
+    frontend.load(saved)
+    assert painted(frontend, tree_node) == own
+    frontend.page.wait_for_selector(".qtd-wired", state="visible")
+    frontend.page.evaluate("id => { const node = app.graph.getNodeById(id); node.disconnectInput(node.inputs.findIndex(input => input.name === 'edits')) }", tree_node)
+    frontend.page.wait_for_selector(".qtd-wired", state="hidden")
+    assert json.loads(frontend.prompt()[tree_node]["inputs"]["edits"])["squares"] == own
+    assert sent["settings"]["edits"] == ""
+
+
+def test_the_threshold_is_offered_while_the_budget_is_0_or_wired_and_keeps_its_value(frontend, tree_node):
+    frontend.set_value(tree_node, "content_threshold", 40.0)
+    assert not frontend.is_offered(tree_node, "content_threshold")
+    sent = run_and_show(frontend, tree_node)
+    frontend.set_value(tree_node, "detail_budget", 0.0)
+    wait_for_leaves(frontend, leaves_on_server(frontend, sent, detail_budget=0.0, content_threshold=40.0))
+    assert frontend.is_offered(tree_node, "content_threshold")
+    frontend.shot("threshold")
+    saved = frontend.workflow()
+    frontend.turn_dial(tree_node, 0.5)
+    frontend.until("id => app.graph.getNodeById(id).widgets[1].hidden", tree_node)
+    frontend.page.wait_for_function("() => true", polling="raf")
+    assert not frontend.is_offered(tree_node, "content_threshold")
+    assert frontend.prompt()[tree_node]["inputs"]["content_threshold"] == 40.0
+    assert frontend.value(tree_node, "content_threshold") == 40.0
+    budget = frontend.add("PrimitiveFloat", (0, 500))
+    frontend.link(budget, 0, tree_node, "detail_budget")
+    frontend.until("id => !app.graph.getNodeById(id).widgets[1].hidden", tree_node)
+    frontend.load(saved)
+    frontend.page.wait_for_function("() => true", polling="raf")
+    assert frontend.is_offered(tree_node, "content_threshold") and frontend.value(tree_node, "content_threshold") == 40.0
+
+
+@SOME
+def test_a_hidden_threshold_has_no_socket_under_another_widgets(frontend, tree_node):
+    frontend.set_value(tree_node, "detail_budget", 0.0)
+    frontend.until("id => app.graph.getNodeById(id).widgets[1].hidden === false", tree_node)
+    frontend.set_value(tree_node, "detail_budget", 0.5)
+    frontend.until("id => app.graph.getNodeById(id).widgets[1].hidden", tree_node)
+    frontend.until(
+        """id => { app.canvas.draw(true, true); const node = app.graph.getNodeById(id); const [hidden, next] = [1, 2].map(i => node.widgets[i]);
+        return Math.abs(hidden.y - next.y) > 10 }""", tree_node)
+
+
+def test_a_copy_has_what_was_painted_on_the_node(frontend, tree_node):
+    run_and_show(frontend, tree_node)
+    touch(frontend, 300, 100)
+    squares = wait_for_painted(frontend, tree_node, 1)
+    frontend.page.evaluate(
+        "id => { app.canvas.selectItems([app.graph.getNodeById(id)]); app.canvas.copyToClipboard(); app.canvas.pasteFromClipboard() }", tree_node)
+    frontend.until("() => app.graph.nodes.filter(node => node.type === 'QuadtreeFromImage').length === 2")
+    copies = frontend.page.evaluate("() => app.graph.nodes.filter(node => node.type === 'QuadtreeFromImage').map(node => String(node.id))")
+    assert [painted(frontend, copy) for copy in copies] == [squares, squares]
+
+
+@SOME
+def test_a_subgraph_keeps_what_was_painted(frontend, tree_node):
+    run_and_show(frontend, tree_node)
+    touch(frontend, 300, 100)
+    squares = wait_for_painted(frontend, tree_node, 1)
+    frontend.page.evaluate("id => { app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)])) }", tree_node)
+    saved = frontend.workflow()
+    assert json.loads(saved["definitions"]["subgraphs"][0]["nodes"][0]["widgets_values"][7])["squares"] == squares
+    frontend.load(saved)
+    (tree,) = (node for node in frontend.prompt().values() if node["class_type"] == "QuadtreeFromImage")
+    assert json.loads(tree["inputs"]["edits"])["squares"] == squares
+    assert mask_pixel(frontend, frontend.run(), 300, 100) == 0
+    frontend.page.evaluate("() => { const outer = app.graph.nodes.find(node => node.subgraph); app.canvas.openSubgraph(outer.subgraph, outer) }")
+    frontend.page.wait_for_selector(".qtd-line:has-text('kept exactly')")
+    frontend.page.evaluate("() => app.canvas.setGraph(app.rootGraph)")
+
+
+def texts_of(locale: str) -> dict:
+    return json.loads((ROOT / "locales" / locale / "main.json").read_text("utf-8"))["quadtreeTiledDiffusion"]
+
+
+# Chinese as it is written in Taiwan has no texts of its own, French none at all.
+@SOME
+@pytest.mark.parametrize("locale, family", [("zh", "zh"), ("ja", "ja"), ("zh-TW", "zh"), ("fr", None)])
+def test_the_picture_speaks_the_language_of_the_page(frontend, tree_node, locale, family):
+    sent = run_and_show(frontend, tree_node)
+    texts = texts_of(family) if family else {
+        "strengthZero": "strength 0", "clear": "Clear", "tree": "{leaves} leaves, {kept} % kept exactly. Estimated cost: {cost} % of sampling everything.",
+        "errors": {"max_leaf_doubled": "max_leaf: expected min_leaf ({min_leaf}) doubled some times, got {max_leaf}. The nearest are {below} and {above}."}}
+    frontend.set_locale(locale)
+    try:
+        said = texts["tree"].format(leaves=sent["leaves"], kept=30, cost=100)
+        frontend.until("said => document.querySelector('.qtd-line')?.textContent === said", said)
+        assert frontend.page.locator(".qtd-legend span >> nth=0").inner_text() == texts["strengthZero"]
+        assert frontend.page.locator(".qtd-button").inner_text() == texts["clear"]
+        frontend.set_value(tree_node, "max_leaf", 104)
+        frontend.page.wait_for_selector(".qtd-error")
+        assert line(frontend) == texts["errors"]["max_leaf_doubled"].format(min_leaf=64, max_leaf=104, below=64, above=128)
+        frontend.shot(f"locale-{locale}")
+        frontend.set_value(tree_node, "max_leaf", 256)
+        frontend.until("said => document.querySelector('.qtd-line')?.textContent === said", said)
+    finally:
+        frontend.set_locale("en")
+        frontend.until("() => document.querySelector('.qtd-line')?.textContent.includes('sampling everything')")
+    frontend.problems.clear()  # Chromium writes refused requests to the console
+
+
+@SOME
+def test_widgets_that_do_not_fit_are_marked_by_the_host(frontend, tree_node):
+    frontend.set_value(tree_node, "min_denoise", 0.9)
+    frontend.set_value(tree_node, "max_denoise", 0.2)
+    frontend.page.evaluate("() => app.queuePrompt(0, 1).catch(() => {})")
+    frontend.until("id => app.graph.getNodeById(id).has_errors", tree_node)
+    if frontend.name.endswith("nodes2"):
+        assert frontend.page.locator(f"[data-node-id='{tree_node}'] .text-node-stroke-error").count() >= 2
+    else:
+        frontend.until("id => app.graph.getNodeById(id).inputs.filter(i => i.hasErrors).map(i => i.name).includes('min_denoise')", tree_node)
+    frontend.shot("refused")
+    frontend.problems.clear()  # the page writes the refusal to the console
+
+
 @SOME
 def test_a_run_is_summed_up_on_the_node_that_patches_the_model(frontend):
-    models = frontend.server.base / "models"
-    for name in ("diffusion_models/flux1-dev.safetensors", "text_encoders/clip_l.safetensors", "vae/ae.safetensors"):
-        write_stand_in(models, name)
     patch = build_sampling(frontend)
     line = frontend.page.locator(".qtd-run")
     assert line.inner_text().startswith("After a run")
     frontend.run()
     frontend.page.wait_for_function("() => document.querySelector('.qtd-run').textContent.includes('kept exactly')")
     assert line.inner_text() in frontend.server.log()
+    check_time(frontend, patch)
     assert "qtd_run" not in json.dumps(frontend.workflow())
     assert set(frontend.prompt()[patch]["inputs"]) == {
         "model", "quadtree", "method", "schedule", "tile_overlap", "tile_batch_size", "skip_diffusion_below", "min_window", "max_window", "shift_method", "seed"}
@@ -289,8 +436,120 @@ def test_a_run_is_summed_up_on_the_node_that_patches_the_model(frontend):
     frontend.shot("run")
 
 
+def change(frontend, node: str, name: str, value) -> None:
+    """Change a node's mode or one of its widgets, as one step of the host's undo."""
+    frontend.page.evaluate(
+        """([id, name, value]) => { const node = app.graph.getNodeById(id); const widget = node.widgets?.find(w => w.name === name);
+        app.canvas.emitBeforeChange(); if (widget) widget.value = value; else node[name] = value; app.canvas.emitAfterChange() }""", [node, name, value])
+
+
+def wait_for_time(frontend, shown: bool) -> None:
+    frontend.until("shown => document.querySelector('.qtd-line').textContent.includes(', about ') === shown", shown)
+
+
+def seconds_shown(frontend) -> float:
+    return float(re.search(r"about ([\d.]+) s\.$", line(frontend))[1])
+
+
+def check_time(frontend, patch: str) -> None:
+    """The line under the tree tells the time of the run, until something that decides about it is changed."""
+    model, sampler = (frontend.page.evaluate("type => String(app.graph.nodes.find(node => node.type === type).id)", kind) for kind in ("UNETLoader", "KSampler"))
+    wait_for_time(frontend, True)
+    assert seconds_shown(frontend) > 0
+    for node, name, value, before in ((model, "weight_dtype", "fp8_e4m3fn", "default"), (sampler, "steps", 8, 4), (patch, "mode", 4, 0)):
+        change(frontend, node, name, value)
+        wait_for_time(frontend, False)
+        change(frontend, node, name, before)
+        wait_for_time(frontend, True)
+
+
+def tell_of_run(frontend, patch: str, seconds: float) -> None:
+    """Send the page what the server sends it after a run."""
+    frontend.page.evaluate(
+        """([node, seconds]) => app.api.dispatchEvent(new CustomEvent("quadtree_tiled_diffusion.run",
+        { detail: { node, text: "", values: { seconds, windows: 1, grid_windows: 2, steps: 20, cost: 0.5, kept: 0 } } }))""", [patch, seconds])
+
+
+@pytest.fixture
+def timed(frontend, tree_node) -> tuple[str, str, str]:
+    """A tree of a picture of 1800 x 1200 px, wired to a patch through a Quadtree Adjust and a reroute; their ids."""
+    load = frontend.page.evaluate("() => String(app.graph.nodes.find(node => node.type === 'LoadImage').id)")
+    scale, adjust, reroute, patch = (frontend.add(name, place) for name, place in (
+        ("ImageScale", (0, 500)), ("QuadtreeAdjust", (800, 0)), ("Reroute", (1100, 0)), ("QuadtreeTiledDiffusion", (1200, 0))))
+    for name, value in (("width", 1800), ("height", 1200)):
+        frontend.set_value(scale, name, value)
+    frontend.link(load, 0, scale, "image")
+    frontend.link(scale, 0, tree_node, "image")
+    for source, target, name in ((tree_node, adjust, "quadtree"), (adjust, reroute, ""), (reroute, patch, "quadtree")):
+        frontend.link(source, 0, target, name)
+    return tree_node, adjust, patch
+
+
+@SOME
+def test_the_time_under_the_tree_is_the_last_runs_scaled_to_the_cost(frontend, timed):
+    tree, _, patch = timed
+    sent = run_and_show(frontend, tree)
+    assert "about" not in line(frontend)
+    tell_of_run(frontend, patch, 50.0)
+    wait_for_time(frontend, True)
+    assert seconds_shown(frontend) == 50
+    frontend.run()  # the host has the result in its cache, and gives it after the run
+    for budget in (0.15, 0.8):
+        frontend.set_value(tree, "detail_budget", budget)
+        cost = frontend.server.post("/quadtree_tiled_diffusion/tree", {"picture": sent["picture"], **SETTINGS, **sent["settings"], "detail_budget": budget})["cost"]
+        frontend.until(f"() => document.querySelector('.qtd-line').textContent.includes(' {round(cost * 100)} % of')")
+        assert seconds_shown(frontend) == pytest.approx(50 * cost / sent["cost"], abs=0.6)
+    scale = frontend.page.evaluate("() => String(app.graph.nodes.find(node => node.type === 'ImageScale').id)")
+    frontend.set_value(scale, "width", 1200)
+    frontend.set_value(scale, "height", 800)
+    frontend.run()
+    wait_for_time(frontend, False)
+
+
+@SOME
+def test_the_time_is_found_in_subgraphs_and_only_where_the_tree_goes(frontend, timed):
+    tree, adjust, patch = timed
+    run_and_show(frontend, tree)
+    other = frontend.add("QuadtreeTiledDiffusion", (1200, 500))
+    tell_of_run(frontend, other, 80.0)
+    tell_of_run(frontend, patch, 50.0)
+    wait_for_time(frontend, True)
+    assert seconds_shown(frontend) == 50
+    frontend.link(tree, 0, other, "quadtree")
+    wait_for_time(frontend, False)
+    tell_of_run(frontend, other, 30.0)
+    wait_for_time(frontend, True)
+    assert seconds_shown(frontend) == 80
+    frontend.page.evaluate("id => app.graph.remove(app.graph.getNodeById(id))", other)
+    inner = frontend.page.evaluate(
+        """ids => { const { node } = app.graph.convertToSubgraph(new Set(ids.map(id => app.graph.getNodeById(id)))); return String(node.id) }""", [adjust, patch])
+    wait_for_time(frontend, False)
+    tell_of_run(frontend, f"{inner}:{patch}", 20.0)
+    wait_for_time(frontend, True)
+    assert seconds_shown(frontend) == 20
+
+
+@SOME
+def test_a_sampling_error_is_told_on_the_node_that_patches_the_model(frontend):
+    build_sampling(frontend)
+    load, encode = (frontend.page.evaluate("type => String(app.graph.nodes.find(node => node.type === type).id)", kind) for kind in ("LoadImage", "VAEEncode"))
+    scale = frontend.add("ImageScale", (350, 900))
+    for name in ("width", "height"):
+        frontend.set_value(scale, name, 256)
+    frontend.link(load, 0, scale, "image")
+    frontend.link(scale, 0, encode, "pixels")
+    with pytest.raises(host_server.HostError, match=r"KSampler .node \d+.: ValueError: Quadtree Tiled Diffusion, quadtree: made for a picture of 600 x 400"):
+        frontend.server.run_graph(frontend.prompt())
+    frontend.page.evaluate("() => app.queuePrompt(0, 1)")
+    frontend.page.wait_for_selector(".qtd-run.qtd-error")
+    assert frontend.page.locator(".qtd-run").inner_text().startswith("quadtree: made for a picture of 600 x 400")
+    frontend.shot("failed")
+
+
 def build_sampling(frontend) -> str:
     """A graph that samples a photo with a small FLUX; the id of the node that patches the model."""
+    for name in ("diffusion_models/flux1-dev.safetensors", "text_encoders/clip_l.safetensors", "vae/ae.safetensors"):
+        write_stand_in(frontend.server.base / "models", name)
     tree = build_graph(frontend)
     places = {
         "UNETLoader": (0, 500), "CLIPLoader": (0, 650), "VAELoader": (0, 800), "CLIPTextEncode": (350, 750), "VAEEncode": (800, 750),

@@ -69,7 +69,8 @@ def _report(call: Call, run: Run, is_restored: bool) -> None:
     log.info(line)
     if call.settings.tell is not None:
         call.settings.tell(
-            line, windows=ledger.windows, grid_windows=ledger.grid_windows, steps=steps, cost=cost, kept=kept, seconds=time.monotonic() - run.began)
+            line, windows=ledger.windows, grid_windows=ledger.grid_windows, steps=steps, cost=cost, kept=kept, exact=is_restored or not kept,
+            seconds=time.monotonic() - run.began)
 
 
 def _warn_if_little_changed(call: Call, run: Run) -> None:

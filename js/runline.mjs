@@ -26,5 +26,5 @@ function describeRun(text, values) {
   if (values.failed) return text;
   if ("done" in values) return sayCoded("run", "step", values, text);
   const rounded = { ...values, cost: values.cost?.toFixed(2), kept: Math.round(100 * values.kept) };
-  return sayCoded("run", "end", rounded, text);
+  return sayCoded("run", values.exact ? "end" : "endNotSampled", rounded, text);
 }

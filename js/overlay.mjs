@@ -95,17 +95,20 @@ export class Overlay {
     return "name" in values ? { ...values, name: this.widget(values.name)?.label ?? values.name } : values;
   }
 
-  /** Take how long a patch node's run took, if it had this tree. */
+  /** Take how long a patch node's run took. */
   takeRun(patch, seconds) {
-    if (this.timing.patchesOf(this.node).includes(patch)) this.secondsOfRun.set(patch, seconds);
+    this.secondsOfRun.set(patch, seconds);
     this.rememberRuns();
     this.showLine();
   }
 
-  /** Remember what is known: a result from the host's cache comes after the sampling, and until then an older one is here. */
+  /** Remember the runs that had this tree. A result from the host's cache comes after them; until then an older one is here. */
   rememberRuns() {
     const { cost, size } = this.result ?? {};
-    if (size) for (const [patch, seconds] of this.secondsOfRun) this.timing.remember(this.node, patch, { seconds, cost, size: String(size) });
+    for (const patch of size ? this.timing.patchesOf(this.node) : []) {
+      const seconds = this.secondsOfRun.get(patch);
+      if (seconds !== undefined) this.timing.remember(this.node, patch, { seconds, cost, size: String(size) });
+    }
   }
 
   secondsNow() {

@@ -42,7 +42,8 @@ export class Timing {
 
   /** The nodes whose output an input gets, across the borders of subgraphs: one, or one for each use of the subgraph. */
   sourcesOf(node, slot) {
-    const link = slot < 0 ? null : node.getInputLink(slot);
+    // A node that holds a subgraph has a method of this name that answers another question.
+    const link = slot < 0 ? null : window.LiteGraph.LGraphNode.prototype.getInputLink.call(node, slot);
     return link ? this.originsOf(node.graph, link) : [];
   }
 

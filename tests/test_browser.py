@@ -431,7 +431,8 @@ def test_a_run_is_summed_up_on_the_node_that_patches_the_model(frontend):
     check_time(frontend, patch)
     assert "qtd_run" not in json.dumps(frontend.workflow())
     assert set(frontend.prompt()[patch]["inputs"]) == {
-        "model", "quadtree", "method", "schedule", "tile_overlap", "tile_batch_size", "skip_diffusion_below", "min_window", "max_window", "shift_method", "seed"}
+        "model", "quadtree", "method", "schedule", "tile_overlap", "tile_batch_size", "skip_diffusion_below", "min_window", "max_window", "shift_method", "seed",
+        "wrap"}
     frontend.page.wait_for_timeout(500)
     frontend.shot("run")
 

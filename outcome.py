@@ -70,7 +70,7 @@ def _report(call: Call, run: Run, is_restored: bool) -> None:
     if call.settings.tell is not None:
         call.settings.tell(
             line, windows=ledger.windows, grid_windows=ledger.grid_windows, steps=steps, cost=cost, kept=kept, exact=is_restored or not kept,
-            seconds=time.monotonic() - run.began)
+            seconds=time.monotonic() - call.runs[0].began)
 
 
 def _warn_if_little_changed(call: Call, run: Run) -> None:

@@ -285,7 +285,7 @@ def test_what_is_painted_is_nowhere_to_be_read_as_json(frontend, tree_node):
     wait_for_painted(frontend, tree_node, 1)
     frontend.page.evaluate("() => app.extensionManager.setting.set('Comfy.Node.AlwaysShowAdvancedWidgets', true)")
     frontend.until("id => app.graph.getNodeById(id).widgets.length === 8", tree_node)
-    assert [text for text in shown_texts(frontend) if "squares" in text] == []
+    assert [text for text in shown_texts(frontend) if '"squares"' in text] == []
     frontend.page.evaluate("() => app.extensionManager.setting.set('Comfy.Node.AlwaysShowAdvancedWidgets', false)")
 
 

@@ -1,0 +1,238 @@
+"""Which windows does a decode of what changed need, and what do they cost? In cells of what the decoder gets.
+
+A window's core is a rectangle of any size. Around it lies what the steps that are left still look at; as it is trimmed after
+each, a margin that is wide where the picture is small and cheap costs little where it is large.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .decoders import Decoder, Step
+from .quadtree import Rect
+
+# Side of a sample: many small ones say more of a picture than few large ones of the same cost.
+SAMPLE_CELLS = 2
+
+# What samples may cost, as a share of the whole decode's operations, and what the node aims at in all, per share that changed.
+LEAST_SAMPLES, MOST_SAMPLES = 0.015, 0.06
+AIM = 1.3
+
+# Full resolution near windows and samples: the attention of cells that are farther off hardly counts.
+NEAR_CELLS = 4
+
+
+def area(rect: Rect) -> int:
+    return rect.height * rect.width
+
+
+def grown(rect: Rect, by: int, height: int, width: int) -> Rect:
+    return Rect(max(rect.top - by, 0), max(rect.left - by, 0), min(rect.bottom + by, height), min(rect.right + by, width))
+
+
+def scaled(rect: Rect, by: int) -> Rect:
+    return Rect(rect.top * by, rect.left * by, rect.bottom * by, rect.right * by)
+
+
+def shrunk(rect: Rect, by: int) -> Rect:
+    """The least rectangle of a resolution coarser by so much that holds it."""
+    return Rect(rect.top // by, rect.left // by, -(-rect.bottom // by), -(-rect.right // by))
+
+
+def rects_through(steps: Sequence[Step], core: Rect, height: int, width: int) -> tuple[Rect, ...]:
+    """What a window has to cover before each step, and after the last, to be right in its core: each in its own resolution."""
+    scale = math.prod(step.grows for step in steps)
+    rects = [scaled(core, scale)]
+    for step in reversed(steps):
+        rect = grown(rects[-1], step.after, height * scale, width * scale)
+        scale //= step.grows
+        rects.append(grown(shrunk(rect, step.grows), step.before, height * scale, width * scale))
+    return tuple(rects[::-1])
+
+
+@dataclass(frozen=True)
+class Price:
+    """Operations (multiply-adds) of a decoder over a picture of height x width cells."""
+
+    decoder: Decoder
+    height: int
+    width: int
+
+    def of(self, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+        """The steps of windows with cores of so many rows and columns, inside a picture."""
+        margin, scale, total = 0, math.prod(step.grows for step in self.decoder.steps), torch.zeros(())
+        for step in reversed(self.decoder.steps):
+            margin += step.after
+            sides = [torch.minimum(cells * scale + 2 * margin, torch.tensor(most * scale)) for cells, most in ((rows, self.height), (cols, self.width))]
+            total = total + step.weights * sides[0].double() * sides[1]
+            scale //= step.grows
+            margin = -(-margin // step.grows) + step.before
+        return total
+
+    def of_one(self, rows: int, cols: int) -> float:
+        return float(self.of(torch.tensor(rows), torch.tensor(cols)))
+
+    @property
+    def whole(self) -> float:
+        return self.entry(1.0) + self.of_one(self.height, self.width)
+
+    def entry(self, near: float) -> float:
+        """What is done once, for the whole picture, where a share `near` of the cells counts."""
+        cells = self.height * self.width
+        return cells * self.decoder.entry_weights + 2 * self.decoder.attention * cells * cells * near
+
+
+def cover(active: torch.Tensor, price: Price, largest: int) -> list[Rect]:
+    """Rectangles that hold all active cells, none of a longer side than `largest`, cut where that makes them cheaper.
+
+    active: bool, (height, width). From the smallest rectangle around everything, as long as two are cheaper than one.
+    """
+    boxes, found = [Rect(0, 0, *active.shape)], []
+    while boxes:
+        box = _tight(active, boxes.pop())
+        if box is None:
+            continue
+        cost, halves = _best_cut(active, box, price, largest)
+        if cost < 0.999 * float(_in_parts(price, torch.tensor(box.height), torch.tensor(box.width), largest)):
+            boxes += halves
+        else:
+            found += _parts(box, largest)
+    return sorted(found, key=lambda rect: (rect.top, rect.left))
+
+
+def _tight(active: torch.Tensor, box: Rect) -> Rect | None:
+    """The smallest rectangle around what is active in a box."""
+    rows, cols = active[box.top:box.bottom, box.left:box.right].nonzero(as_tuple=True)
+    if not len(rows):
+        return None
+    return Rect(box.top + int(rows.min()), box.left + int(cols.min()), box.top + int(rows.max()) + 1, box.left + int(cols.max()) + 1)
+
+
+def _best_cut(active: torch.Tensor, box: Rect, price: Price, largest: int) -> tuple[float, list[Rect]]:
+    """The cut across a box whose two parts, each as tight as it can be, cost the least."""
+    best, halves = math.inf, []
+    part = active[box.top:box.bottom, box.left:box.right]
+    for turned in (False, True):
+        rows = part.T if turned else part
+        if len(rows) < 2:
+            continue
+        costs = _cost_of_heads(rows, price, largest, turned)[:-1] + _cost_of_heads(rows.flip(0), price, largest, turned)[:-1].flip(0)
+        if float(costs.min()) < best:
+            best, at = float(costs.min()), int(costs.argmin()) + 1
+            if turned:
+                halves = [Rect(box.top, box.left, box.bottom, box.left + at), Rect(box.top, box.left + at, box.bottom, box.right)]
+            else:
+                halves = [Rect(box.top, box.left, box.top + at, box.right), Rect(box.top + at, box.left, box.bottom, box.right)]
+    return best, halves
+
+
+def _cost_of_heads(rows: torch.Tensor, price: Price, largest: int, turned: bool) -> torch.Tensor:
+    """What the tight box around the first 1, 2, 3, ... rows costs; the first row holds something active."""
+    so_far = rows.int().cummax(0).values
+    width = so_far.shape[1] - so_far.flip(1).argmax(1) - so_far.argmax(1)
+    last = (torch.arange(len(rows)) * rows.any(1)).cummax(0).values + 1
+    return _in_parts(price, *((width, last) if turned else (last, width)), largest)
+
+
+def _in_parts(price: Price, rows: torch.Tensor, cols: torch.Tensor, largest: int) -> torch.Tensor:
+    """The cost of boxes of so many rows and columns, cut evenly into windows."""
+    counts = [(length / largest).ceil() for length in (rows, cols)]
+    return counts[0] * counts[1] * price.of((rows / counts[0]).ceil(), (cols / counts[1]).ceil())
+
+
+def _parts(box: Rect, largest: int) -> list[Rect]:
+    rows, cols = (_even(first, last, math.ceil((last - first) / largest)) for first, last in ((box.top, box.bottom), (box.left, box.right)))
+    return [Rect(top, left, bottom, right) for top, bottom in rows for left, right in cols]
+
+
+def _even(first: int, last: int, count: int) -> list[tuple[int, int]]:
+    """A stretch in so many parts of nearly one length."""
+    ends = [first + (last - first) * index // count for index in range(count + 1)]
+    return list(zip(ends, ends[1:]))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """windows: cores, none in another. samples: how many are to stand for what lies outside of all windows."""
+
+    height: int
+    width: int
+    windows: tuple[Rect, ...]
+    samples: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.windows == (Rect(0, 0, self.height, self.width),)
+
+    def near(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """The cells in and beside windows and samples, bool, (height, width)."""
+        near = torch.zeros(self.height, self.width, dtype=torch.bool)
+        places = [Rect(top, left, top + SAMPLE_CELLS, left + SAMPLE_CELLS) for sample in samples for top, left in sample.places]
+        for rect in (*self.windows, *places):
+            rect = grown(rect, NEAR_CELLS, self.height, self.width)
+            near[rect.top:rect.bottom, rect.left:rect.right] = True
+        return near
+
+
+def plan_decode(decoder: Decoder, active: torch.Tensor, largest: int) -> Plan:
+    """Find the windows for the active cells, bool, (height, width), with sides of at most `largest`.
+
+    Where little would be left out, or samples cost as much, windows take everything, which needs no samples.
+    """
+    height, width = active.shape
+    price, share = Price(decoder, height, width), float(active.float().mean())
+    windows, everything = (cover(cells, price, largest) for cells in (active, torch.ones_like(active)))
+    near = float(Plan(height, width, tuple(windows), 0).near(()).float().mean())
+    cost, all_of_it = (sum(price.of_one(core.height, core.width) for core in cores) for cores in (windows, everything))
+    if not decoder.has_norms:
+        return Plan(height, width, tuple(windows if cost < all_of_it else everything), 0)
+    with_samples = price.entry(near) + cost + LEAST_SAMPLES * price.whole
+    if price.entry(1.0) + all_of_it <= max(AIM * share * price.whole, with_samples):
+        return Plan(height, width, tuple(everything), 0)
+    return Plan(height, width, tuple(windows), sample_count(price, near, cost, share))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Blocks of one kind that stand for all that no window holds. places: their corners. weight: cells that each cell stands for."""
+
+    places: tuple[tuple[int, int], ...]
+    weight: float
+
+
+def samples_of(rest: torch.Tensor, cells: torch.Tensor, count: int) -> list[Sample]:
+    """Choose blocks of SAMPLE_CELLS a side for what no window holds: at corners, at edges and inside.
+
+    rest: bool, (height, width). cells: (C, height, width), what the decoder gets. The picture's border is a kind of its own,
+    since what convolutions make of its padding may outweigh all else; of each kind calm and busy blocks come in their share.
+    """
+    height, width = rest.shape
+    blocks = F.max_pool2d((~rest)[None, None].float(), SAMPLE_CELLS)[0, 0] == 0
+    energy = F.avg_pool2d(cells.float().square(), SAMPLE_CELLS).sum(0) - F.avg_pool2d(cells.float(), SAMPLE_CELLS).square().sum(0)
+    at_border = [torch.zeros(length, dtype=torch.int8) for length in blocks.shape]
+    for line in at_border:
+        line[0] = line[-1] = 1
+    kind = at_border[0][:, None] + at_border[1]
+    found = []
+    for value, share in ((0, 0.75), (1, 0.25), (2, 1.0)):
+        places = (blocks & (kind == value)).nonzero()
+        if not len(places):
+            continue
+        number = min(max(round(count * share), 1), len(places))
+        order = energy.cpu()[places[:, 0], places[:, 1]].argsort()
+        chosen = order[((torch.arange(number) + 0.5) * len(places) / number).long()]
+        found.append(Sample(tuple((row * SAMPLE_CELLS, col * SAMPLE_CELLS) for row, col in places[chosen].tolist()), len(places) / number))
+    covered = sum(len(sample.places) * sample.weight for sample in found) * SAMPLE_CELLS ** 2
+    scale = int(rest.sum()) / covered if covered else 1.0
+    return [Sample(sample.places, sample.weight * scale) for sample in found]
+
+
+def sample_count(price: Price, near: float, windows: float, share: float) -> int:
+    """How many samples there is room for beside windows of so many operations, where such a share of the picture changed."""
+    each = price.of_one(SAMPLE_CELLS, SAMPLE_CELLS)
+    room = AIM * share * price.whole - price.entry(near) - windows
+    return max(round(min(max(room, LEAST_SAMPLES * price.whole), MOST_SAMPLES * price.whole) / each), 8)

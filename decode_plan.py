@@ -1,7 +1,11 @@
 """Which windows does a decode of what changed need, and what do they cost? In cells of what the decoder gets.
 
-A window's core is a rectangle of any size. Around it lies what the steps that are left still look at; as it is trimmed after
-each, a margin that is wide where the picture is small and cheap costs little where it is large.
+A window's core is a rectangle of whole blocks. Around it lies what the steps that are left still look at; as it is trimmed
+after each, a margin that is wide where the picture is small and cheap costs little where it is large.
+
+Normalisations need the statistics of all the picture. What no window holds is told from what they hold: its blocks are
+given weights with which their features, known everywhere from the decoder's coarsest resolution, add up to those of the whole
+picture (calibration: Deville and Sarndal 1992). A few small samples of the rest correct what that leaves open.
 """
 from __future__ import annotations
 
@@ -15,12 +19,15 @@ import torch.nn.functional as F
 from .decoders import Decoder, Step
 from .quadtree import Rect
 
-# Side of a sample: many small ones say more of a picture than few large ones of the same cost.
-SAMPLE_CELLS = 2
+# Side of a block. A sample is one: many small ones say more of a picture than few large ones of the same cost.
+BLOCK = 2
 
-# What samples may cost, as a share of the whole decode's operations, and what the node aims at in all, per share that changed.
-LEAST_SAMPLES, MOST_SAMPLES = 0.015, 0.06
-AIM = 1.3
+# The least number of samples. More come as far as all operations stay below AIM times the share that changed, and themselves
+# below MOST_SAMPLES of a whole decode's.
+LEAST_SAMPLES, MOST_SAMPLES, AIM = 12, 0.04, 1.3
+
+# Principal components of a block's channels that are its features, and how much their weights are held back.
+FEATURES, RIDGE = 128, 0.003
 
 # Full resolution near windows and samples: the attention of cells that are farther off hardly counts.
 NEAR_CELLS = 4
@@ -87,10 +94,13 @@ class Price:
 
 
 def cover(active: torch.Tensor, price: Price, largest: int) -> list[Rect]:
-    """Rectangles that hold all active cells, none of a longer side than `largest`, cut where that makes them cheaper.
+    """Rectangles of whole blocks that hold all active cells, cut where that makes them cheaper.
 
-    active: bool, (height, width). From the smallest rectangle around everything, as long as two are cheaper than one.
+    active: bool, (height, width). largest: the longest side. From the smallest rectangle around everything, as long as two are
+    cheaper than one.
     """
+    height, width = active.shape
+    active, largest = F.max_pool2d(active[None, None].float(), BLOCK, ceil_mode=True)[0, 0] > 0, max(largest // BLOCK, 1)
     boxes, found = [Rect(0, 0, *active.shape)], []
     while boxes:
         box = _tight(active, boxes.pop())
@@ -101,7 +111,7 @@ def cover(active: torch.Tensor, price: Price, largest: int) -> list[Rect]:
             boxes += halves
         else:
             found += _parts(box, largest)
-    return sorted(found, key=lambda rect: (rect.top, rect.left))
+    return sorted((grown(scaled(rect, BLOCK), 0, height, width) for rect in found), key=lambda rect: (rect.top, rect.left))
 
 
 def _tight(active: torch.Tensor, box: Rect) -> Rect | None:
@@ -141,7 +151,7 @@ def _cost_of_heads(rows: torch.Tensor, price: Price, largest: int, turned: bool)
 def _in_parts(price: Price, rows: torch.Tensor, cols: torch.Tensor, largest: int) -> torch.Tensor:
     """The cost of boxes of so many rows and columns, cut evenly into windows."""
     counts = [(length / largest).ceil() for length in (rows, cols)]
-    return counts[0] * counts[1] * price.of((rows / counts[0]).ceil(), (cols / counts[1]).ceil())
+    return counts[0] * counts[1] * price.of((rows / counts[0]).ceil() * BLOCK, (cols / counts[1]).ceil() * BLOCK)
 
 
 def _parts(box: Rect, largest: int) -> list[Rect]:
@@ -168,11 +178,10 @@ class Plan:
     def is_whole(self) -> bool:
         return self.windows == (Rect(0, 0, self.height, self.width),)
 
-    def near(self, samples: Sequence[Sample]) -> torch.Tensor:
+    def near(self, samples: Sequence[Rect]) -> torch.Tensor:
         """The cells in and beside windows and samples, bool, (height, width)."""
         near = torch.zeros(self.height, self.width, dtype=torch.bool)
-        places = [Rect(top, left, top + SAMPLE_CELLS, left + SAMPLE_CELLS) for sample in samples for top, left in sample.places]
-        for rect in (*self.windows, *places):
+        for rect in (*self.windows, *samples):
             rect = grown(rect, NEAR_CELLS, self.height, self.width)
             near[rect.top:rect.bottom, rect.left:rect.right] = True
         return near
@@ -190,49 +199,87 @@ def plan_decode(decoder: Decoder, active: torch.Tensor, largest: int) -> Plan:
     cost, all_of_it = (sum(price.of_one(core.height, core.width) for core in cores) for cores in (windows, everything))
     if not decoder.has_norms:
         return Plan(height, width, tuple(windows if cost < all_of_it else everything), 0)
-    with_samples = price.entry(near) + cost + LEAST_SAMPLES * price.whole
+    with_samples = price.entry(near) + cost + LEAST_SAMPLES * price.of_one(BLOCK, BLOCK)
     if price.entry(1.0) + all_of_it <= max(AIM * share * price.whole, with_samples):
         return Plan(height, width, tuple(everything), 0)
     return Plan(height, width, tuple(windows), sample_count(price, near, cost, share))
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Blocks of one kind that stand for all that no window holds. places: their corners. weight: cells that each cell stands for."""
-
-    places: tuple[tuple[int, int], ...]
-    weight: float
-
-
-def samples_of(rest: torch.Tensor, cells: torch.Tensor, count: int) -> list[Sample]:
-    """Choose blocks of SAMPLE_CELLS a side for what no window holds: at corners, at edges and inside.
-
-    rest: bool, (height, width). cells: (C, height, width), what the decoder gets. The picture's border is a kind of its own,
-    since what convolutions make of its padding may outweigh all else; of each kind calm and busy blocks come in their share.
-    """
-    height, width = rest.shape
-    blocks = F.max_pool2d((~rest)[None, None].float(), SAMPLE_CELLS)[0, 0] == 0
-    energy = F.avg_pool2d(cells.float().square(), SAMPLE_CELLS).sum(0) - F.avg_pool2d(cells.float(), SAMPLE_CELLS).square().sum(0)
-    at_border = [torch.zeros(length, dtype=torch.int8) for length in blocks.shape]
-    for line in at_border:
-        line[0] = line[-1] = 1
-    kind = at_border[0][:, None] + at_border[1]
-    found = []
-    for value, share in ((0, 0.75), (1, 0.25), (2, 1.0)):
-        places = (blocks & (kind == value)).nonzero()
-        if not len(places):
-            continue
-        number = min(max(round(count * share), 1), len(places))
-        order = energy.cpu()[places[:, 0], places[:, 1]].argsort()
-        chosen = order[((torch.arange(number) + 0.5) * len(places) / number).long()]
-        found.append(Sample(tuple((row * SAMPLE_CELLS, col * SAMPLE_CELLS) for row, col in places[chosen].tolist()), len(places) / number))
-    covered = sum(len(sample.places) * sample.weight for sample in found) * SAMPLE_CELLS ** 2
-    scale = int(rest.sum()) / covered if covered else 1.0
-    return [Sample(sample.places, sample.weight * scale) for sample in found]
-
-
 def sample_count(price: Price, near: float, windows: float, share: float) -> int:
     """How many samples there is room for beside windows of so many operations, where such a share of the picture changed."""
-    each = price.of_one(SAMPLE_CELLS, SAMPLE_CELLS)
-    room = AIM * share * price.whole - price.entry(near) - windows
-    return max(round(min(max(room, LEAST_SAMPLES * price.whole), MOST_SAMPLES * price.whole) / each), 8)
+    room = min(AIM * share * price.whole - price.entry(near) - windows, MOST_SAMPLES * price.whole)
+    return max(int(room / price.of_one(BLOCK, BLOCK)), LEAST_SAMPLES)
+
+
+def choose_samples(rest: torch.Tensor, cells: torch.Tensor, count: int) -> list[Rect]:
+    """Blocks of what no window holds, a quarter of them at the picture's border, calm and busy ones in their share.
+
+    rest: bool, (height, width). cells: (C, height, width), what the decoder gets. The border is a kind of its own, since what
+    convolutions make of its padding may outweigh all else.
+    """
+    height, width = rest.shape
+    free = blocks_of((~rest).float()) == 0
+    energy = (blocks_of(cells.float().square()) - blocks_of(cells.float()).square()).sum(0).cpu()
+    found = []
+    for kind, share in ((free & ~_border(free), 0.75), (free & _border(free), 0.25)):
+        places = kind.nonzero()
+        number = min(math.ceil(count * share), len(places))
+        order = energy[places[:, 0], places[:, 1]].argsort()
+        chosen = order[((torch.arange(number) + 0.5) * (len(places) / max(number, 1))).long()]
+        found += [grown(scaled(Rect(row, col, row + 1, col + 1), BLOCK), 0, height, width) for row, col in places[chosen].tolist()]
+    return found
+
+
+def blocks_of(values: torch.Tensor, side: int = BLOCK) -> torch.Tensor:
+    """The mean of each block, (..., rows, cols); the last ones may be cut off."""
+    flat = values.reshape(1, -1, *values.shape[-2:])
+    return F.avg_pool2d(flat, side, ceil_mode=True, count_include_pad=False).reshape(*values.shape[:-2], -(-values.shape[-2] // side), -(-values.shape[-1] // side))
+
+
+def _border(grid: torch.Tensor) -> torch.Tensor:
+    """The outermost places of a grid, bool."""
+    border = torch.ones_like(grid, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    return border
+
+
+def calibrated(features: torch.Tensor, windows: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """The weight, in cells, of each block that is decoded, (rows, cols) float64, such that together they stand for the picture.
+
+    features: (C, height, width), of the decoder's coarsest resolution. windows, samples: bool, (rows, cols), the blocks decoded.
+    A block of a window stands for itself, a sample for its part of the rest; then all are moved by as little as makes their
+    features those of the whole picture.
+    """
+    area = _areas(features.shape[-2:])
+    weights = area * windows
+    for kind in (_border(windows), ~_border(windows)):
+        alike, rest = samples & kind, float((area * (kind & ~windows)).sum())
+        if rest and bool(alike.any()):
+            weights += area * alike * (rest / float((area * alike).sum()))
+    known = (windows | samples).flatten()
+    described = _described(features)
+    short = described @ (area.flatten() - weights.flatten())
+    inside = described[:, known]
+    gram = inside @ inside.T
+    gram.diagonal().add_(RIDGE * int(known.sum()))
+    weights.view(-1)[known] += inside.T @ torch.linalg.solve(gram, short)
+    return weights
+
+
+def _areas(size: tuple[int, int]) -> torch.Tensor:
+    """The number of cells in each block."""
+    rows, cols = (torch.arange(0, length, BLOCK, dtype=torch.float64) for length in size)
+    return (size[0] - rows).clamp_max(BLOCK)[:, None] * (size[1] - cols).clamp_max(BLOCK)
+
+
+def _described(features: torch.Tensor) -> torch.Tensor:
+    """What is known of every block: 1, and principal components of its channels' means and deviations, at the border once more."""
+    mean, square = (blocks_of(values).flatten(1) for values in (features.float(), features.float().square()))
+    known = torch.cat([mean, square.sqrt()]).cpu().double()
+    known = (known - known.mean(1, keepdim=True)) / known.std(1, keepdim=True).clamp_min(1e-6)
+    if len(known) > FEATURES:
+        _, vectors = torch.linalg.eigh(known @ known.T)
+        known = vectors[:, -FEATURES:].T @ known
+        known = known / known.std(1, keepdim=True).clamp_min(1e-6)
+    border = _border(torch.empty(-(-features.shape[-2] // BLOCK), -(-features.shape[-1] // BLOCK))).flatten().double()
+    return torch.cat([torch.ones_like(border)[None], known, 3 * border[None], known * border])

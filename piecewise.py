@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import comfy.model_management
 import comfy.ops
 
-from .decode_plan import SAMPLE_CELLS, Plan, Sample, area, rects_through, samples_of, scaled
+from .decode_plan import BLOCK, LEAST_SAMPLES, Plan, area, blocks_of, calibrated, choose_samples, rects_through, scaled, shrunk
 from .decoders import Decoder, Step
 from .quadtree import Rect
 
@@ -29,8 +29,11 @@ log = logging.getLogger(__name__)
 # Windows are not halved below this side.
 LEAST_WINDOW = 4
 
-# Samples where not all windows can wait for each other, though they hold everything.
-LEAST_COUNT = 64
+# Elements whose squares are taken at once.
+CHUNK = 1 << 24
+
+# The variance of the whole picture is taken for no less than so much of that of what is decoded.
+LEAST_VARIANCE = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +41,14 @@ class Piece:
     """A window, or samples of one shape, on its way through the decoder.
 
     core: what it is for; of several samples that of the first, as all lie alike. rects: what it covers before each step and
-    after the last, in that resolution. x, skip: (B, C, [1,] h, w). weight: how many cells one of its cells stands for.
+    after the last, in that resolution. x, skip: (B, C, [1,] h, w). weights: (B, rows, cols), of each block for the statistics.
     """
 
     core: Rect
     rects: tuple[Rect, ...]
     x: torch.Tensor
     skip: torch.Tensor | None = None
-    weight: float = 1.0
+    weights: torch.Tensor | None = None
     is_sample: bool = False
 
 
@@ -70,15 +73,17 @@ class Limits:
 class Walk:
     """One image's way through the decoder.
 
-    features: of the whole picture, where windows begin. together: windows whose statistics count, with the samples for all
-    else. later: those that are taken by themselves. tell(cells) is called with how many cells' worth of windows is done.
+    features: of the whole picture, where windows begin. together: windows whose statistics count. samples: blocks for all that
+    they do not hold. weights: (rows, cols), in cells, of each block for the statistics. later: windows that are taken by
+    themselves. tell(cells) is called with how many cells' worth of windows is done.
     """
 
     decoder: Decoder
     features: torch.Tensor
     together: Sequence[Rect]
     later: Sequence[Rect]
-    samples: Sequence[Sample]
+    samples: Sequence[Rect]
+    weights: torch.Tensor | None
     limits: Limits
     tell: Callable
 
@@ -99,53 +104,65 @@ def begin(decoder: Decoder, plan: Plan, latent: torch.Tensor, limits: Limits, te
     """Do what is done once for the whole picture."""
     cells = decoder.enter(latent)
     together, later = _that_fit(decoder, plan, limits, latent.element_size())
-    samples: list[Sample] = []
-    if plan.samples or (later and together):
-        rest = torch.ones(plan.height, plan.width, dtype=torch.bool)
-        for core in together:
-            rest[core.top:core.bottom, core.left:core.right] = False
-        samples = samples_of(rest, cells[0] if cells.ndim == 4 else cells[0, :, 0], plan.samples or LEAST_COUNT)
-    return Walk(decoder, decoder.whole(cells, plan.near(samples)), together, later, samples, limits, tell)
+    rest = ~held(plan, together, 1)
+    samples = choose_samples(rest, cells[0], plan.samples or LEAST_SAMPLES) if together and bool(rest.any()) else []
+    features = decoder.whole(cells, plan.near(samples))
+    weights = calibrated(features[0], held(plan, together, BLOCK), held(plan, samples, BLOCK)) if together else None
+    return Walk(decoder, features, together, later, samples, weights, limits, tell)
+
+
+def held(plan: Plan, rects: Sequence[Rect], side: int) -> torch.Tensor:
+    """What lies in the rectangles: bool, (height, width) in squares of so many cells."""
+    inside = torch.zeros(-(-plan.height // side), -(-plan.width // side), dtype=torch.bool)
+    for rect in rects:
+        rect = shrunk(rect, side)
+        inside[rect.top:rect.bottom, rect.left:rect.right] = True
+    return inside
 
 
 def cut(x: torch.Tensor, rect: Rect, origin: Rect) -> torch.Tensor:
-    """The part of a tensor that begins at the corner of `origin`; a copy, so that the rest can be freed."""
+    """The part of a tensor whose own corner is that of `origin`."""
     return x[..., rect.top - origin.top:rect.bottom - origin.top, rect.left - origin.left:rect.right - origin.left]
 
 
 def window_piece(walk: Walk, core: Rect) -> Piece:
     rects = rects_through(walk.steps, core, *walk.size)
-    return Piece(core, rects, cut(walk.features, rects[0], Rect(0, 0, *walk.size)))
+    weights = None if walk.weights is None else cut(walk.weights, shrunk(core, BLOCK), Rect(0, 0, 0, 0))[None]
+    return Piece(core, rects, cut(walk.features, rects[0], Rect(0, 0, 0, 0)), weights=weights)
 
 
 def sample_pieces(walk: Walk) -> list[Piece]:
     """Samples that lie alike to the picture's border go through the decoder as one batch."""
     groups: dict = {}
-    for sample in walk.samples:
-        for top, left in sample.places:
-            core = Rect(top, left, top + SAMPLE_CELLS, left + SAMPLE_CELLS)
-            rects = rects_through(walk.steps, core, *walk.size)
-            lies = (rects[0].top - top, rects[0].left - left, rects[0].bottom - top, rects[0].right - left, sample.weight)
-            groups.setdefault(lies, []).append((core, rects))
-    whole = Rect(0, 0, *walk.size)
+    for core in walk.samples:
+        piece = window_piece(walk, core)
+        first = piece.rects[0]
+        lies = (first.top - core.top, first.left - core.left, first.bottom - core.top, first.right - core.left, core.height, core.width)
+        groups.setdefault(lies, []).append(piece)
     return [
-        Piece(*alike[0], torch.cat([cut(walk.features, rects[0], whole) for _, rects in alike]), weight=lies[-1], is_sample=True)
-        for lies, alike in groups.items()]
+        replace(alike[0], x=torch.cat([piece.x for piece in alike]), weights=torch.cat([piece.weights for piece in alike]), is_sample=True)
+        for alike in groups.values()]
 
 
 def moments_of(walk: Walk, pieces: Sequence[Piece], index: int) -> Moments:
-    """The mean and variance before a step, over the cores of all pieces."""
+    """The mean and variance before a step, from the cores of all pieces."""
     groups, scale = walk.steps[index].norm.num_groups, walk.scale(index)
-    counts, means, squares = [], [], []
+    sums = torch.zeros(2, groups, dtype=torch.float64)
+    plain = torch.zeros(3, groups, dtype=torch.float64)
     for piece in pieces:
-        core = cut(piece.x, scaled(piece.core, scale), piece.rects[index]).to(walk.limits.device)
-        core = core.transpose(0, 1).reshape(groups, -1)
-        counts.append(core.shape[1] * piece.weight)
-        means.append(core.sum(1, dtype=torch.float32).div(core.shape[1]).cpu().double())
-        squares.append(torch.linalg.vector_norm(core, dim=1, dtype=torch.float32).square().div(core.shape[1]).cpu().double())
-    weights = torch.tensor(counts, dtype=torch.float64)[:, None] / sum(counts)
-    mean = (weights * torch.stack(means)).sum(0)
-    return Moments(mean, ((weights * torch.stack(squares)).sum(0) - mean.square()).clamp_min(0))
+        core = cut(piece.x, scaled(piece.core, scale), piece.rects[index]).unflatten(1, (groups, -1))  # (B, groups, C, h, w)
+        weights = piece.weights.to(walk.limits.device, torch.float32)[:, None]
+        for first in range(0, groups, chunk := max(CHUNK * groups // core.numel(), 1)):
+            part = core[:, first:first + chunk].to(walk.limits.device, torch.float32)
+            for power, values in enumerate((part, part.square())):
+                blocks = blocks_of(values, BLOCK * scale).mean(2)
+                sums[power, first:first + chunk] += (blocks * weights).sum((0, 2, 3)).cpu().double()
+                plain[power, first:first + chunk] += blocks.sum((0, 2, 3)).cpu().double()
+            plain[2, first:first + chunk] += weights.numel()
+    mean, square = sums / float(walk.weights.sum())
+    # Weights below 0 could make nonsense of a group that is almost always 0.
+    least = (plain[1] / plain[2] - (plain[0] / plain[2]).square()).clamp_min(0) * LEAST_VARIANCE
+    return Moments(mean, torch.maximum(square - mean.square(), least))
 
 
 def normalised(norm: torch.nn.GroupNorm, x: torch.Tensor, moments: Moments) -> torch.Tensor:
@@ -182,16 +199,17 @@ def halves(walk: Walk, piece: Piece, index: int, problem: Exception) -> list[Pie
     if piece.is_sample or max(core.height, core.width) < 2 * LEAST_WINDOW:
         raise problem
     if core.height >= core.width:
-        middle = (core.top + core.bottom) // 2
+        middle = core.top + core.height // 2 // BLOCK * BLOCK
         cores = [Rect(core.top, core.left, middle, core.right), Rect(middle, core.left, core.bottom, core.right)]
     else:
-        middle = (core.left + core.right) // 2
+        middle = core.left + core.width // 2 // BLOCK * BLOCK
         cores = [Rect(core.top, core.left, core.bottom, middle), Rect(core.top, middle, core.bottom, core.right)]
     found = []
     for half in cores:
         rects = rects_through(walk.steps, half, *walk.size)
         x, skip = (None if part is None else cut(part, rects[index], piece.rects[index]).clone() for part in (piece.x, piece.skip))
-        found.append(Piece(half, rects, x, skip))
+        weights = None if walk.weights is None else cut(walk.weights, shrunk(half, BLOCK), Rect(0, 0, 0, 0))[None]
+        found.append(Piece(half, rects, x, skip, weights))
     return found
 
 

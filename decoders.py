@@ -234,13 +234,18 @@ def _wan(model: comfy.ldm.wan.vae.WanVAE) -> Decoder:
 
     def whole(cells, near):
         for layer in coarsest:
-            cells = layer(cells)
+            cells = _wan_attention(layer, cells, near) if isinstance(layer, comfy.ldm.wan.vae.AttentionBlock) else layer(cells)
         return cells
 
     steps = [_wan_step(layer) for layer in layers[first:]]
     steps += [_through(layer, after=1 if isinstance(layer, torch.nn.Conv3d) else 0) for layer in decoder.head]
     attention = sum(layer.dim for layer in decoder.middle if isinstance(layer, comfy.ldm.wan.vae.AttentionBlock))
     return Decoder(model.conv2.in_channels, model.conv2, whole, tuple(steps), _weights(*coarsest) // 3, attention)
+
+
+def _wan_attention(layer: comfy.ldm.wan.vae.AttentionBlock, x: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+    query, key, value = layer.to_qkv(layer.norm(x[:, :, 0])).chunk(3, 1)
+    return x + layer.proj(_attend(query, key, value, near, layer.optimized_attention))[:, :, None]
 
 
 def _wan_step(layer: torch.nn.Module) -> Step:

@@ -1,4 +1,4 @@
-"""What does the user wire? Nine nodes, those of regions in region_nodes.py; each is a schema and a call."""
+"""What does the user wire? Ten nodes, those of regions in region_nodes.py; each is a schema and a call."""
 from __future__ import annotations
 
 import logging
@@ -9,6 +9,7 @@ from comfy_api.latest import ComfyAPI, ComfyExtension, io, ui
 from . import preview
 from .blending import METHODS, SHIFTS
 from .compositing import composite
+from .decode import decode_changed
 from .denoise_schedule import SCHEDULES
 from .drawing import draw_quadtree
 from .painting import parse_edits
@@ -243,6 +244,29 @@ class QuadtreeComposite(io.ComfyNode):
         return io.NodeOutput(composite(original, image, quadtree, feather=feather))
 
 
+class QuadtreeDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QuadtreeDecode", display_name="Quadtree Decode", category=CATEGORY,
+            description="Decodes only what changed, and keeps the original's pixels where the strength is 0, bit for bit. Takes the place of VAE Decode and Quadtree Composite, in a fraction of their time and memory.",
+            search_aliases=["vae decode", "tiled vae", "tiled decode"],
+            inputs=[
+                io.Vae.Input("vae", tooltip="The VAE that made the latent. It is not changed."),
+                io.Latent.Input("samples", tooltip="The latent that was sampled."),
+                io.Image.Input("original", tooltip="The picture that was encoded: of the size of the result, or a little larger where the VAE has cropped it. The result has its size."),
+                TREE.Input("quadtree", tooltip="The tree that was sampled with."),
+                io.Int.Input("feather", default=32, min=0, max=512, step=2, tooltip="Width in pixels of the passage between the two. It lies inside the leaves that changed, so that kept pixels stay exact."),
+                io.Int.Input("window", default=0, min=0, max=8192, step=64, advanced=True, tooltip="Longest side in pixels of what is decoded at once; 0 takes what memory allows. Smaller windows need less memory and a little more time; the result is the same."),
+            ],
+            outputs=[io.Image.Output("image", tooltip="The result in the original's size, with strength-0 leaves exactly as in the original.")],
+        )
+
+    @classmethod
+    def execute(cls, vae, samples, original, quadtree, feather, window) -> io.NodeOutput:
+        return io.NodeOutput(decode_changed(vae, samples["samples"], original, quadtree, feather=feather, window=window))
+
+
 def _of_predecessor() -> list[io.NodeReplace]:
     """The nodes of comfyui-quadtree-tile and what takes their place.
 
@@ -277,4 +301,4 @@ class QuadtreeExtension(ComfyExtension):
                 await ComfyAPI().node_replacement.register(replacement)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [QuadtreeFromImage, QuadtreeFromMask, QuadtreeAdjust, QuadtreeToMask, QuadtreeTiledDiffusion, QuadtreeComposite, QuadtreeRegions, QuadtreeRegionText, QuadtreeRegionPrompts]
+        return [QuadtreeFromImage, QuadtreeFromMask, QuadtreeAdjust, QuadtreeToMask, QuadtreeTiledDiffusion, QuadtreeComposite, QuadtreeRegions, QuadtreeRegionText, QuadtreeRegionPrompts, QuadtreeDecode]

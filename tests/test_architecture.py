@@ -89,7 +89,7 @@ def test_importing_and_loading_the_pack_changes_no_function_of_the_host():
     before = [functions_of(module) for module in HOST_MODULES]
     pack = load_module("qtd_pack_again", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     extension = asyncio.run(pack.comfy_entrypoint())
-    assert len(asyncio.run(extension.get_node_list())) == 9
+    assert len(asyncio.run(extension.get_node_list())) == 10
     assert [functions_of(module) for module in HOST_MODULES] == before
 
 

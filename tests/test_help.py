@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCALES = ("zh", "ja")
 NODES = (
     "QuadtreeFromImage", "QuadtreeFromMask", "QuadtreeAdjust", "QuadtreeToMask", "QuadtreeTiledDiffusion", "QuadtreeComposite",
-    "QuadtreeRegions", "QuadtreeRegionText", "QuadtreeRegionPrompts")
+    "QuadtreeRegions", "QuadtreeRegionText", "QuadtreeRegionPrompts", "QuadtreeDecode")
 # What is written in the language, so that a sentence left in English shows.
 LETTERS = {"zh": re.compile("[\u4e00-\u9fff]"), "ja": re.compile("[\u3040-\u30ff\u4e00-\u9fff]")}
 

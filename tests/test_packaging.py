@@ -14,7 +14,7 @@ from stand_ins import write_stand_in
 ROOT = Path(__file__).resolve().parent.parent
 NODES = {
     "QuadtreeFromImage", "QuadtreeFromMask", "QuadtreeAdjust", "QuadtreeToMask", "QuadtreeTiledDiffusion", "QuadtreeComposite",
-    "QuadtreeRegions", "QuadtreeRegionText", "QuadtreeRegionPrompts"}
+    "QuadtreeRegions", "QuadtreeRegionText", "QuadtreeRegionPrompts", "QuadtreeDecode"}
 
 
 def run(*words: str, folder: Path, home: Path) -> str:

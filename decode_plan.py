@@ -26,8 +26,9 @@ BLOCK = 2
 # below MOST_SAMPLES of a whole decode's.
 LEAST_SAMPLES, MOST_SAMPLES, AIM = 12, 0.04, 1.3
 
-# Principal components of a block's channels that are its features, and how much their weights are held back.
-FEATURES, RIDGE = 128, 0.003
+# Principal components of a block's channels that are its features, how much their weights are held back, and how much more a
+# sample may be moved than a block of a window: it shows what there is elsewhere.
+FEATURES, RIDGE, TRUST = 128, 0.003, 10.0
 
 # Full resolution near windows and samples: the attention of cells that are farther off hardly counts.
 NEAR_CELLS = 4
@@ -247,23 +248,18 @@ def calibrated(features: torch.Tensor, windows: torch.Tensor, samples: torch.Ten
     """The weight, in cells, of each block that is decoded, (rows, cols) float64, such that together they stand for the picture.
 
     features: (C, height, width), of the decoder's coarsest resolution. windows, samples: bool, (rows, cols), the blocks decoded.
-    A block of a window stands for itself, a sample for its part of the rest; then all are moved by as little as makes their
-    features those of the whole picture.
+    Each block stands for itself at first; then all are moved by as little as makes their features those of the whole picture.
     """
-    area = _areas(features.shape[-2:])
-    weights = area * windows
-    for kind in (_border(windows), ~_border(windows)):
-        alike, rest = samples & kind, float((area * (kind & ~windows)).sum())
-        if rest and bool(alike.any()):
-            weights += area * alike * (rest / float((area * alike).sum()))
-    known = (windows | samples).flatten()
+    area, known = _areas(features.shape[-2:]), (windows | samples).flatten()
+    weights = area.flatten() * known
     described = _described(features)
-    short = described @ (area.flatten() - weights.flatten())
+    short = described @ (area.flatten() - weights)
+    trust = torch.where(samples.flatten(), TRUST, 1.0).double()[known]
     inside = described[:, known]
-    gram = inside @ inside.T
-    gram.diagonal().add_(RIDGE * int(known.sum()))
-    weights.view(-1)[known] += inside.T @ torch.linalg.solve(gram, short)
-    return weights
+    gram = (inside * trust) @ inside.T
+    gram.diagonal().add_(RIDGE * float(trust.sum()))
+    weights[known] += trust * (inside.T @ torch.linalg.solve(gram, short))
+    return weights.view_as(windows)
 
 
 def _areas(size: tuple[int, int]) -> torch.Tensor:

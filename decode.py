@@ -158,7 +158,7 @@ class _Canvas:
 
     def tell(self, cells: float) -> None:
         self.done += cells
-        self.bar.update_absolute(min(int(self.done), self.total), self.total)
+        self.bar.update_absolute(min(round(self.done), self.total), self.total)
 
     def writer(self, number: int):
         """What takes the pixels of each window of one image, as the decoder leaves them."""

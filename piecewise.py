@@ -262,6 +262,11 @@ def _alone(walk: Walk, core: Rect, known: Sequence[Moments | None], write: Calla
         write(piece.core, piece.x)
 
 
+def memory_to_wait_in() -> float:
+    """Bytes of the computer's memory that windows may wait in."""
+    return comfy.model_management.get_free_memory(torch.device("cpu")) / 2
+
+
 def _that_fit(decoder: Decoder, plan: Plan, limits: Limits, element_size: int) -> tuple[list[Rect], list[Rect]]:
     """The windows that can wait for each other, evenly chosen if not all can, and the others, which need not."""
     if not decoder.has_norms:
@@ -270,7 +275,7 @@ def _that_fit(decoder: Decoder, plan: Plan, limits: Limits, element_size: int) -
     for step in decoder.steps:
         scale *= step.grows
         most = max(most, 2 * step.channels * scale * scale)
-    room = comfy.model_management.get_free_memory(torch.device("cpu")) / 2 + (0 if limits.device.type == "cpu" else limits.room)
+    room = memory_to_wait_in() + (0 if limits.device.type == "cpu" else limits.room)
     share = room / (sum(area(core) for core in plan.windows) * most * element_size)
     if share >= 1:
         return list(plan.windows), []

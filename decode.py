@@ -105,12 +105,10 @@ def _whole(vae, samples: torch.Tensor) -> torch.Tensor:
 
 
 def _by_windows(vae, decoder: Decoder, samples: torch.Tensor, alpha: torch.Tensor, window: int) -> torch.Tensor | None:
-    """The picture with its windows decoded and nothing elsewhere; None if one window takes all, or if there is no memory for any."""
+    """The picture with its windows decoded and nothing elsewhere; None if there is no memory for what comes before them."""
     active = F.max_pool2d((alpha > 0)[None, None].float(), decoder.cell_px)[0, 0] > 0
     largest, room = _load(vae, samples, window)
     plan = plan_decode(decoder, active, max(largest // decoder.cell_px, 1))
-    if plan.is_whole:
-        return None
     canvas = _Canvas(vae, decoder, plan, len(samples))
     for number in range(len(samples)):
         latent = samples[number:number + 1].to(device=vae.device, dtype=vae.vae_dtype)

@@ -5,7 +5,7 @@ after each, a margin that is wide where the picture is small and cheap costs lit
 
 Normalisations need the statistics of all the picture. What no window holds is told from what they hold: its blocks are
 given weights with which their features, known everywhere from the decoder's coarsest resolution, add up to those of the whole
-picture (calibration: Deville and Sarndal 1992). A few small samples of the rest correct what that leaves open.
+picture (calibration: Deville and Sarndal 1992). A few small samples of the rest show what there is nowhere else.
 """
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ BLOCK = 2
 # below MOST_SAMPLES of a whole decode's.
 LEAST_SAMPLES, MOST_SAMPLES, AIM = 12, 0.04, 1.3
 
-# Principal components of a block's channels that are its features, how much their weights are held back, and how much more a
-# sample may be moved than a block of a window: it shows what there is elsewhere.
-FEATURES, RIDGE, TRUST = 128, 0.003, 10.0
+# Principal components of a block's channels that are its features, at most and for how many blocks each; how much their weights
+# are held back, and how much more a sample may be moved than a block of a window: it shows what there is elsewhere.
+FEATURES, BLOCKS_PER_FEATURE, RIDGE, TRUST = 128, 10, 0.003, 10.0
 
-# Full resolution near windows and samples: the attention of cells that are farther off hardly counts.
+# Full resolution near windows: the attention of cells that are farther off hardly counts.
 NEAR_CELLS = 4
 
 
@@ -176,13 +176,10 @@ class Plan:
     samples: int
 
     @property
-    def is_whole(self) -> bool:
-        return self.windows == (Rect(0, 0, self.height, self.width),)
-
-    def near(self, samples: Sequence[Rect]) -> torch.Tensor:
-        """The cells in and beside windows and samples, bool, (height, width)."""
+    def near(self) -> torch.Tensor:
+        """The cells in and beside windows, bool, (height, width)."""
         near = torch.zeros(self.height, self.width, dtype=torch.bool)
-        for rect in (*self.windows, *samples):
+        for rect in self.windows:
             rect = grown(rect, NEAR_CELLS, self.height, self.width)
             near[rect.top:rect.bottom, rect.left:rect.right] = True
         return near
@@ -196,7 +193,7 @@ def plan_decode(decoder: Decoder, active: torch.Tensor, largest: int) -> Plan:
     height, width = active.shape
     price, share = Price(decoder, height, width), float(active.float().mean())
     windows, everything = (cover(cells, price, largest) for cells in (active, torch.ones_like(active)))
-    near = float(Plan(height, width, tuple(windows), 0).near(()).float().mean())
+    near = float(Plan(height, width, tuple(windows), 0).near.float().mean())
     cost, all_of_it = (sum(price.of_one(core.height, core.width) for core in cores) for cores in (windows, everything))
     if not decoder.has_norms:
         return Plan(height, width, tuple(windows if cost < all_of_it else everything), 0)
@@ -212,25 +209,6 @@ def sample_count(price: Price, near: float, windows: float, share: float) -> int
     return max(int(room / price.of_one(BLOCK, BLOCK)), LEAST_SAMPLES)
 
 
-def choose_samples(rest: torch.Tensor, cells: torch.Tensor, count: int) -> list[Rect]:
-    """Blocks of what no window holds, a quarter of them at the picture's border, calm and busy ones in their share.
-
-    rest: bool, (height, width). cells: (C, height, width), what the decoder gets. The border is a kind of its own, since what
-    convolutions make of its padding may outweigh all else.
-    """
-    height, width = rest.shape
-    free = blocks_of((~rest).float()) == 0
-    energy = (blocks_of(cells.float().square()) - blocks_of(cells.float()).square()).sum(0).cpu()
-    found = []
-    for kind, share in ((free & ~_border(free), 0.75), (free & _border(free), 0.25)):
-        places = kind.nonzero()
-        number = min(math.ceil(count * share), len(places))
-        order = energy[places[:, 0], places[:, 1]].argsort()
-        chosen = order[((torch.arange(number) + 0.5) * (len(places) / max(number, 1))).long()]
-        found += [grown(scaled(Rect(row, col, row + 1, col + 1), BLOCK), 0, height, width) for row, col in places[chosen].tolist()]
-    return found
-
-
 def blocks_of(values: torch.Tensor, side: int = BLOCK) -> torch.Tensor:
     """The mean of each block, (..., rows, cols); the last ones may be cut off."""
     flat = values.reshape(1, -1, *values.shape[-2:])
@@ -244,22 +222,32 @@ def _border(grid: torch.Tensor) -> torch.Tensor:
     return border
 
 
-def calibrated(features: torch.Tensor, windows: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
-    """The weight, in cells, of each block that is decoded, (rows, cols) float64, such that together they stand for the picture.
+def represented(features: torch.Tensor, windows: torch.Tensor, count: int) -> tuple[list[Rect], torch.Tensor]:
+    """Samples of what no window holds, and the weight in cells of each block, (rows, cols) float64, with which all stand for the picture.
 
-    features: (C, height, width), of the decoder's coarsest resolution. windows, samples: bool, (rows, cols), the blocks decoded.
-    Each block stands for itself at first; then all are moved by as little as makes their features those of the whole picture.
+    features: (C, height, width), of the decoder's coarsest resolution. windows: bool, (rows, cols), the blocks they hold. Each
+    block stands for itself at first; then all are moved by as little as makes their features those of the whole picture. The
+    next sample is the block that takes the most from what is uncertain in the sum over the rest (Elfving's criterion).
     """
-    area, known = _areas(features.shape[-2:]), (windows | samples).flatten()
-    weights = area.flatten() * known
-    described = _described(features)
-    short = described @ (area.flatten() - weights)
-    trust = torch.where(samples.flatten(), TRUST, 1.0).double()[known]
+    area, known = _areas(features.shape[-2:]).flatten(), windows.flatten().clone()
+    described = _described(features, min(int(known.sum()) // BLOCKS_PER_FEATURE + 1, FEATURES))
     inside = described[:, known]
-    gram = (inside * trust) @ inside.T
-    gram.diagonal().add_(RIDGE * float(trust.sum()))
-    weights[known] += trust * (inside.T @ torch.linalg.solve(gram, short))
-    return weights.view_as(windows)
+    gram = inside @ inside.T
+    gram.diagonal().add_(RIDGE * int(known.sum()))
+    inverse, trust, rest = torch.linalg.inv(gram), torch.ones_like(area), described @ (area * ~known)
+    places = []
+    for _ in range(min(count, int((~known).sum()))):
+        moved = inverse @ described
+        uncertain = 1 / TRUST + (described * moved).sum(0)
+        best = int(((rest @ moved).square() / uncertain).masked_fill(known, -1.0).argmax())
+        inverse -= torch.outer(moved[:, best], moved[:, best]) / uncertain[best]
+        known[best], trust[best] = True, TRUST
+        places.append(divmod(best, windows.shape[1]))
+    weights = area * known
+    short = described @ (area - weights)
+    weights[known] += trust[known] * (described[:, known].T @ (inverse @ short))
+    samples = [grown(scaled(Rect(row, col, row + 1, col + 1), BLOCK), 0, *features.shape[-2:]) for row, col in places]
+    return samples, weights.view(windows.shape)
 
 
 def _areas(size: tuple[int, int]) -> torch.Tensor:
@@ -268,14 +256,14 @@ def _areas(size: tuple[int, int]) -> torch.Tensor:
     return (size[0] - rows).clamp_max(BLOCK)[:, None] * (size[1] - cols).clamp_max(BLOCK)
 
 
-def _described(features: torch.Tensor) -> torch.Tensor:
+def _described(features: torch.Tensor, count: int) -> torch.Tensor:
     """What is known of every block: 1, and principal components of its channels' means and deviations, at the border once more."""
     mean, square = (blocks_of(values).flatten(1) for values in (features.float(), features.float().square()))
     known = torch.cat([mean, square.sqrt()]).cpu().double()
     known = (known - known.mean(1, keepdim=True)) / known.std(1, keepdim=True).clamp_min(1e-6)
-    if len(known) > FEATURES:
+    if len(known) > count:
         _, vectors = torch.linalg.eigh(known @ known.T)
-        known = vectors[:, -FEATURES:].T @ known
+        known = vectors[:, -count:].T @ known
         known = known / known.std(1, keepdim=True).clamp_min(1e-6)
     border = _border(torch.empty(-(-features.shape[-2] // BLOCK), -(-features.shape[-1] // BLOCK))).flatten().double()
     return torch.cat([torch.ones_like(border)[None], known, 3 * border[None], known * border])

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import comfy.model_management
 import comfy.ops
 
-from .decode_plan import BLOCK, LEAST_SAMPLES, Plan, area, blocks_of, calibrated, choose_samples, rects_through, scaled, shrunk
+from .decode_plan import BLOCK, LEAST_SAMPLES, Plan, area, blocks_of, rects_through, represented, scaled, shrunk
 from .decoders import Decoder, Step
 from .quadtree import Rect
 
@@ -102,20 +102,17 @@ class Walk:
 
 def begin(decoder: Decoder, plan: Plan, latent: torch.Tensor, limits: Limits, tell: Callable) -> Walk:
     """Do what is done once for the whole picture."""
-    cells = decoder.enter(latent)
     together, later = _that_fit(decoder, plan, limits, latent.element_size())
-    rest = ~held(plan, together, 1)
-    samples = choose_samples(rest, cells[0], plan.samples or LEAST_SAMPLES) if together and bool(rest.any()) else []
-    features = decoder.whole(cells, plan.near(samples))
-    weights = calibrated(features[0], held(plan, together, BLOCK), held(plan, samples, BLOCK)) if together else None
+    features = decoder.whole(decoder.enter(latent), plan.near)
+    samples, weights = represented(features[0], held(plan, together), plan.samples or (LEAST_SAMPLES if later else 0)) if together else ((), None)
     return Walk(decoder, features, together, later, samples, weights, limits, tell)
 
 
-def held(plan: Plan, rects: Sequence[Rect], side: int) -> torch.Tensor:
-    """What lies in the rectangles: bool, (height, width) in squares of so many cells."""
-    inside = torch.zeros(-(-plan.height // side), -(-plan.width // side), dtype=torch.bool)
+def held(plan: Plan, rects: Sequence[Rect]) -> torch.Tensor:
+    """The blocks that lie in rectangles, bool, (rows, cols)."""
+    inside = torch.zeros(-(-plan.height // BLOCK), -(-plan.width // BLOCK), dtype=torch.bool)
     for rect in rects:
-        rect = shrunk(rect, side)
+        rect = shrunk(rect, BLOCK)
         inside[rect.top:rect.bottom, rect.left:rect.right] = True
     return inside
 

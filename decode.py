@@ -14,10 +14,12 @@ import torch.nn.functional as F
 import comfy.model_management
 import comfy.utils
 
+from .compositing import composite
 from .decode_plan import Plan, area, plan_decode, scaled
 from .decoders import Decoder, decoder_of
 from .piecewise import Limits, begin, decode_windows
-from .quadtree import Quadtree, Rect, composite
+from .quadtree import Quadtree
+from .utils import Rect
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .decoders import Decoder, Step
-from .quadtree import Rect
+from .utils import Rect
 
 # Side of a block. A sample is one: many small ones say more of a picture than few large ones of the same cost.
 BLOCK = 2

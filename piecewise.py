@@ -22,7 +22,7 @@ import comfy.ops
 
 from .decode_plan import BLOCK, LEAST_SAMPLES, Plan, area, blocks_of, rects_through, represented, scaled, shrunk
 from .decoders import Decoder, Step
-from .quadtree import Rect
+from .utils import Rect
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,13 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, load_module
 from qtd_pack import decode_plan, decoders, piecewise
+from qtd_pack.compositing import composite
 from qtd_pack.decode import decode_changed
 from qtd_pack.nodes import QuadtreeDecode
-from qtd_pack.quadtree import Rect, build_quadtree, composite, quadtree_from_mask, strength_raster
+from qtd_pack.placement import strength_raster
+from qtd_pack.quadtree import build_quadtree
+from qtd_pack.strengths import quadtree_from_mask
+from qtd_pack.utils import Rect
 from torch.utils.flop_counter import FlopCounterMode
 
 photos = load_module("qtd_photos", ROOT / "demo" / "photos.py")
@@ -94,13 +98,19 @@ def test_windows_of_every_kind_join_to_the_whole(kind):
 
 @pytest.mark.parametrize("kind", autoencoders.KINDS)
 def test_a_part_of_every_kind_is_that_of_the_whole(kind):
-    vae, original = autoencoders.of_kind(kind), torch.rand(1, 256, 256, 3)
-    tree = part_changed(256, 256, (64, 0, 160, 128))
-    latent = autoencoders.latent_for(vae, 256, 256)
+    vae, original = autoencoders.of_kind(kind), torch.rand(1, 320, 384, 3)
+    tree = part_changed(320, 384, (64, 0, 256, 224))
+    latent = autoencoders.latent_for(vae, 320, 384)
     result = decode_changed(vae, latent, original, tree, window=64)
     expected = composite(original, vae.decode(latent).reshape(original.shape), tree)
     mean, largest = levels(result, expected, changed_of(tree, original))
-    assert mean < 1.5 and largest < 6
+    if decoders.decoder_of(vae.first_stage_model, 1).has_norms:
+        # Weights at random make much of a statistic's last percent, so the measure is what the host's tiles make of it.
+        cells = 192 // vae.spacial_compression_decode()
+        tiled = vae.decode_tiled(latent, tile_x=cells, tile_y=cells, overlap=cells // 8)
+        assert mean < levels(composite(original, tiled, tree), expected, changed_of(tree, original))[0] / 2
+    else:
+        assert mean < 0.1 and largest < 0.5
 
 
 @pytest.fixture(scope="module")

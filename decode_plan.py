@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .decoders import Decoder, Step
+from .decoders import FAR_CELLS, FULL, Decoder, Step
 from .utils import Rect
 
 # Side of a block. A sample is one: many small ones say more of a picture than few large ones of the same cost.
@@ -91,7 +91,8 @@ class Price:
     def entry(self, near: float) -> float:
         """What is done once, for the whole picture, where a share `near` of the cells counts."""
         cells = self.height * self.width
-        return cells * self.decoder.entry_weights + 2 * self.decoder.attention * cells * cells * near
+        attending = 1.0 if near > FULL else near + 1 / FAR_CELLS ** 2
+        return cells * self.decoder.entry_weights + 2 * self.decoder.attention * cells * cells * attending
 
 
 def cover(active: torch.Tensor, price: Price, largest: int) -> list[Rect]:

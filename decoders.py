@@ -26,6 +26,9 @@ import comfy.taesd.taesd as tiny
 # Queries that lie far from all windows attend for so many by so many cells at once.
 FAR_CELLS = 4
 
+# Where more of the picture is near, it is not worth it.
+FULL = 0.85
+
 # Elements of the attention's scores at once: little beside what a window takes.
 SCORES = 1 << 26
 
@@ -52,9 +55,9 @@ class Step:
 class Decoder:
     """How a VAE's decoder is walked.
 
-    channels: of the latent. enter(latent) gives what the decoder itself gets, in cells. whole(cells, near) what the windows are cut from; near: bool,
-    (height, width), the cells whose values count. entry_weights: of the convolutions of `whole`. attention: channels of its
-    attention, 0 if there is none.
+    channels: of the latent. enter(latent) gives what the decoder itself gets, in cells. whole(cells, near) what the windows are
+    cut from; near: bool, (height, width), the cells whose values count. entry_weights: of the convolutions of `whole`.
+    attention: channels of its attention, 0 if there is none.
     """
 
     channels: int
@@ -77,7 +80,7 @@ def decoder_of(model: torch.nn.Module, frames: int) -> Decoder | None:
     """How the host's autoencoder is walked, or None if it is not known how. frames: of the latent."""
     if isinstance(model, comfy.ldm.models.autoencoder.AutoencodingEngine) and type(model.decoder) is kl.Decoder and _is_plain(model.decoder):
         return _autoencoder_kl(model)
-    if type(model) is tiny.TAESD and _known(model.taesd_decoder):
+    if type(model) is tiny.TAESD and _known(model.taesd_decoder) and not _normalises_late(model.taesd_decoder):
         return _taesd(model)
     if type(model) is comfy.ldm.wan.vae.WanVAE and frames == 1 and _known(model.decoder.upsamples):
         return _wan(model)
@@ -168,7 +171,7 @@ def _middle(decoder: kl.Decoder, coarsest: torch.nn.Module, cells: torch.Tensor,
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, near: torch.Tensor, attention: Callable) -> torch.Tensor:
     """Attention over the whole picture, (B, C, H, W), for the cells that count; for the others by blocks of cells."""
     height, width = query.shape[-2:]
-    if min(height, width) < 2 * FAR_CELLS or 2 * int(near.sum()) > height * width:
+    if min(height, width) < 2 * FAR_CELLS or float(near.float().mean()) > FULL:
         return attention(query, key, value)
     near = near.to(query.device).flatten()
     coarse = F.adaptive_avg_pool2d(query, (height // FAR_CELLS, width // FAR_CELLS))
@@ -193,25 +196,34 @@ def _known(layers: torch.nn.Module) -> bool:
     return all(isinstance(layer, kinds) for layer in layers)
 
 
+def _coarsest(layers: torch.nn.Module) -> tuple[list, list]:
+    """The layers before the first enlargement, and the others."""
+    layers = list(layers)
+    first = next(index for index, layer in enumerate(layers) if isinstance(layer, (torch.nn.Upsample, comfy.ldm.wan.vae.Resample)))
+    return layers[:first], layers[first:]
+
+
+def _normalises_late(layers: torch.nn.Module) -> bool:
+    """Whether one of the host's tiny autoencoders normalises after its coarsest resolution."""
+    return any(getattr(layer, "pool", None) is not None for layer in _coarsest(layers)[1])
+
+
 def _taesd(model: tiny.TAESD) -> Decoder:
-    layers = list(model.taesd_decoder)
-    first = next(index for index, layer in enumerate(layers) if isinstance(layer, torch.nn.Upsample))
-    if any(getattr(layer, "pool", None) is not None for layer in layers[first:]):
-        raise AssertionError("the host's tiny autoencoders normalise at their coarsest resolution only")
+    coarsest, finer = _coarsest(model.taesd_decoder)
 
     def enter(latent):
         cells = (latent - model.vae_shift) * model.vae_scale
         return F.pixel_shuffle(cells, 2) if packed > 1 else cells
 
     def whole(cells, near):
-        for layer in layers[:first]:
+        for layer in coarsest:
             cells = layer(cells)
         return cells
 
     packed = 4 if isinstance(model.taesd_decoder, getattr(tiny, "DecoderFlux2", ())) else 1
-    channels = next(layer.in_channels for layer in layers if isinstance(layer, torch.nn.Conv2d)) * packed
-    steps = tuple(_tiny_step(layer) for layer in layers[first:])
-    return Decoder(channels, enter, whole, (*steps, Step(lambda x, skip: (x.sub(0.5).mul(2), skip))), _weights(*layers[:first]))
+    channels = next(layer.in_channels for layer in coarsest if isinstance(layer, torch.nn.Conv2d)) * packed
+    steps = tuple(_tiny_step(layer) for layer in finer)
+    return Decoder(channels, enter, whole, (*steps, Step(lambda x, skip: (x.sub(0.5).mul(2), skip))), _weights(*coarsest))
 
 
 def _tiny_step(layer: torch.nn.Module) -> Step:
@@ -227,17 +239,15 @@ def _tiny_step(layer: torch.nn.Module) -> Step:
 
 def _wan(model: comfy.ldm.wan.vae.WanVAE) -> Decoder:
     decoder = model.decoder
-
-    layers = list(decoder.upsamples)
-    first = next(index for index, layer in enumerate(layers) if isinstance(layer, comfy.ldm.wan.vae.Resample))
-    coarsest = [decoder.conv1, *decoder.middle, *layers[:first]]
+    first, finer = _coarsest(decoder.upsamples)
+    coarsest = [decoder.conv1, *decoder.middle, *first]
 
     def whole(cells, near):
         for layer in coarsest:
             cells = _wan_attention(layer, cells, near) if isinstance(layer, comfy.ldm.wan.vae.AttentionBlock) else layer(cells)
         return cells
 
-    steps = [_wan_step(layer) for layer in layers[first:]]
+    steps = [_wan_step(layer) for layer in finer]
     steps += [_through(layer, after=1 if isinstance(layer, torch.nn.Conv3d) else 0) for layer in decoder.head]
     attention = sum(layer.dim for layer in decoder.middle if isinstance(layer, comfy.ldm.wan.vae.AttentionBlock))
     return Decoder(model.conv2.in_channels, model.conv2, whole, tuple(steps), _weights(*coarsest) // 3, attention)

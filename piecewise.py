@@ -191,8 +191,12 @@ def moved(piece: Piece, device: torch.device) -> Piece:
 
 
 def halves(walk: Walk, piece: Piece, index: int, problem: Exception) -> list[Piece]:
-    """The two halves of a window before a step, cut from what it covers. Raises the problem again for one that is too small."""
+    """The two halves of a window, or of a batch of samples, before a step. Raises the problem again for one that is too small."""
     core = piece.core
+    if piece.is_sample and len(piece.x) > 1:
+        return [
+            replace(piece, x=x, skip=skip, weights=weights)
+            for x, skip, weights in zip(piece.x.chunk(2), (None, None) if piece.skip is None else piece.skip.chunk(2), piece.weights.chunk(2))]
     if piece.is_sample or max(core.height, core.width) < 2 * LEAST_WINDOW:
         raise problem
     if core.height >= core.width:
@@ -224,7 +228,7 @@ def stepped(walk: Walk, pieces: list[Piece], index: int, moments: Moments | None
             parts = halves(walk, piece, index, problem)
         # Not inside the clause above: the exception holds on to what lay in memory.
         if parts is not None:
-            log.warning("Out of memory: a window of %d x %d cells is halved.", piece.core.width, piece.core.height)
+            log.warning("Quadtree Decode: out of memory, so a window of %d x %d cells is halved.", piece.core.width, piece.core.height)
             comfy.model_management.soft_empty_cache()
             todo += parts[::-1]
             continue

@@ -287,6 +287,25 @@ def test_a_window_that_memory_does_not_suffice_for_is_halved(vae, caplog):
     assert (scarce - plenty).abs().max() < 2e-4
 
 
+def test_a_batch_of_samples_that_memory_does_not_suffice_for_is_halved(fitted, caplog):
+    vae, found = fitted
+    original, latent, *_ = found[0]
+    tree = part_changed(512, 768, (0, 0, 192, 192))
+    plenty = decode_changed(vae, latent, original, tree, window=128)
+
+    def refuse(module, inputs):
+        if len(inputs[0]) > 3:
+            raise comfy.model_management.OOM_EXCEPTION("no memory for this")
+
+    handle = vae.first_stage_model.decoder.up[1].block[0].conv1.register_forward_pre_hook(refuse)
+    try:
+        with caplog.at_level(logging.WARNING):
+            scarce = decode_changed(vae, latent, original, tree, window=128)
+    finally:
+        handle.remove()
+    assert "halved" in caplog.text and (scarce - plenty).abs().max() < 2e-4
+
+
 def test_an_interrupt_is_honoured_between_windows():
     vae, original = autoencoders.demo(), photo("coffee", 256, 256)
     latent, tree = vae.encode(original), part_changed(256, 256, (0, 0, 256, 160))

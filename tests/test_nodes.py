@@ -33,6 +33,7 @@ EVER = {
     "QuadtreeRegions": (["quadtree", "image", "region_size", "overlap"], ["IMAGE", "MASK", "IMAGE"]),
     "QuadtreeRegionText": (["regions", "text", "lines", "captions"], ["STRING"]),
     "QuadtreeRegionPrompts": (["conditioning", "regions", "masks", "mode", "share"], ["CONDITIONING"]),
+    "QuadtreeDecode": (["vae", "samples", "original", "quadtree", "feather", "window"], ["IMAGE"]),
 }
 NODES = asyncio.run(nodes.QuadtreeExtension().get_node_list())
 SCHEMAS = {node.define_schema().node_id: node.define_schema() for node in NODES}

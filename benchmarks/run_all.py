@@ -2,7 +2,7 @@
 
     python run.py bench [PART ...] [--write] [--tiny] [--threads N]
 
-Parts: tree, trees, planning, overhead, budget, memory, cuda, operations; all of them if none is named. Named parts are
+Parts: tree, trees, planning, overhead, budget, memory, cuda, operations, decode; all of them if none is named. Named parts are
 shown, and with --write take the place of what stands in RESULTS.md. `bench quality` measures how the results look. --tiny
 runs every part small, to see that it works: its figures say nothing, and are not written.
 """
@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("tree", "trees", "planning", "overhead", "budget", "memory", "cuda", "operations")
+PARTS = ("tree", "trees", "planning", "overhead", "budget", "memory", "cuda", "operations", "decode")
 
 
 def run_part(name: str, tiny: bool) -> str:
     """The part's section of RESULTS.md; its plot, if it has one, is written beside it."""
     import counted
     import cuda
+    import decoding
     import plots
     import sampling_cost
     import tree_and_plan
@@ -45,6 +46,8 @@ def run_part(name: str, tiny: bool) -> str:
         return text if tiny else text + plots.budget_plot(found, HERE / "budget.png")
     if name == "memory":
         return sampling_cost.memory_part(tiny)
+    if name == "decode":
+        return decoding.decode_part(tiny)
     return counted.operations_part(tiny) if name == "operations" else cuda.cuda_part(tiny)
 
 

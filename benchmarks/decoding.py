@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from counting import LiveBytes
 from measuring import table, timed
+from plans import BUDGETS, PHOTOS, load_photo, photo_tree
 from qtd_pack.compositing import composite
 from qtd_pack.decode import decode_changed
 from qtd_pack.decode_plan import BLOCK, Price, plan_decode
@@ -18,7 +19,6 @@ from qtd_pack.placement import strength_raster
 from qtd_pack.quadtree import build_quadtree
 from torch.utils.flop_counter import FlopCounterMode
 
-from plans import BUDGETS, PHOTOS, load_photo, photo_tree
 
 # The longest side of a window, and of a photo that is decoded, in px.
 WINDOW_PX, DECODED_PX, DECODED_WINDOW_PX = 512, 768, 256

@@ -91,9 +91,11 @@ def _alpha(original: torch.Tensor, tree: Quadtree, height: int, width: int, feat
 
 def _decoded(vae, samples: torch.Tensor, alpha: torch.Tensor, window: int) -> torch.Tensor:
     """The decoded picture, (B * T, height, width, C), right wherever alpha is above 0."""
-    decoder = decoder_of(vae.first_stage_model, samples.shape[2] if samples.ndim == 5 else 1)
+    frames = samples.shape[2] if samples.ndim == 5 else 1
+    decoder = decoder_of(vae.first_stage_model, frames)
     if decoder is None:
-        log.info("Quadtree Decode: %s is not known to work by windows: all of it is decoded, and composited.", type(vae.first_stage_model).__name__)
+        what = "a video" if frames > 1 else "pictures"
+        log.info("Quadtree Decode: %s is not known to decode %s by windows: all of it is decoded, and composited.", type(vae.first_stage_model).__name__, what)
         return _whole(vae, samples)
     context = getattr(comfy.model_management, "cuda_device_context", contextlib.nullcontext)
     with torch.no_grad(), context(vae.device):

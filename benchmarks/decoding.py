@@ -58,10 +58,8 @@ def planned_rows(photos, side: int) -> list[tuple]:
 def measured(action) -> tuple[torch.Tensor, int, float, int]:
     """What an action gives; its operations, seconds and the most bytes that lived at once."""
     results = []
-    with FlopCounterMode(display=False) as counter:
+    with LiveBytes() as live, FlopCounterMode(display=False) as counter:
         seconds = timed(lambda: results.append(action()))
-    with LiveBytes() as live:
-        action()
     return results[0], counter.get_total_flops(), seconds, live.peak
 
 

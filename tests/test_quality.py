@@ -99,7 +99,7 @@ def test_structural_similarity_is_1_for_equals_and_falls_with_damage():
 
 
 def test_the_other_way_is_undone_even_after_an_error():
-    usual = quality.windows.blend_weight
-    with pytest.raises(ValueError, match="not now"), quality.instead(quality.windows, "blend_weight", None):
+    usual = quality.blending.blend_weight
+    with pytest.raises(ValueError, match="not now"), quality.instead(quality.blending, "blend_weight", None):
         raise ValueError("not now")
-    assert quality.windows.blend_weight is usual
+    assert quality.blending.blend_weight is usual

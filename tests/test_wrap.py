@@ -344,9 +344,9 @@ def test_a_wrap_that_does_not_exist_is_named():
         TiledDiffusion(even_tree(1.0), wrap="vertical")
 
 
-def test_the_input_is_the_last_and_rare_and_graphs_without_it_run_as_ever(model):
+def test_the_input_is_rare_and_graphs_without_it_run_as_ever(model):
     schema = QuadtreeTiledDiffusion.define_schema()
-    wrap = schema.inputs[-1]
+    (wrap,) = (entry for entry in schema.inputs if entry.id == "wrap")
     assert (wrap.id, wrap.default, list(wrap.options), wrap.optional, wrap.advanced) == ("wrap", "none", ["none", "horizontal", "both"], True, True)
     settings = {entry.id: entry.default for entry in schema.inputs if entry.id not in ("model", "quadtree", "original", "sigmas", "wrap")}
     old = QuadtreeTiledDiffusion.execute(model.patcher, even_tree(1.0), **settings).args[0]

@@ -30,13 +30,17 @@ class QuadtreeRegions(io.ComfyNode):
                 io.Mask.Output("masks", is_output_list=True, tooltip="The mask of each region, of the size of image. Where the tree redraws something they add up to 1."),
                 io.Image.Output("numbered", tooltip="The picture with the regions' borders and numbers."),
             ],
+            # Without it the host sends nothing to a browser that reloads while the node's result is cached.
+            has_intermediate_output=True,
         )
 
     @classmethod
     def execute(cls, quadtree, image, region_size, overlap) -> io.NodeOutput:
-        size = image.shape[1:3]
-        places = plan_regions(quadtree, *size, region_size)
-        return io.NodeOutput(region_images(image, places, overlap), region_masks(places, *size, overlap), numbered_picture(image, places))
+        height, width = image.shape[1:3]
+        places = plan_regions(quadtree, height, width, region_size)
+        shown = {"size": [width, height], "rects": [[rect.left, rect.top, rect.width, rect.height] for rect in places]}
+        return io.NodeOutput(
+            region_images(image, places, overlap), region_masks(places, height, width, overlap), numbered_picture(image, places), ui={"qtd_regions": [shown]})
 
 
 class QuadtreeRegionText(io.ComfyNode):

@@ -2,6 +2,7 @@
 import { drawDiamond, drawFrame, drawStroke, drawTree, fit, hatch, prepare } from "./drawing.mjs";
 import { nextStrength, paint, readEdits, writeEdits } from "./edits.mjs";
 import { say, sayCoded } from "./texts.mjs";
+import { drawRegions } from "./regions.mjs";
 import { describeLeaf, describeTree, leafAt, neighbour, readTree } from "./tree.mjs";
 
 const ROUTE = "/quadtree_tiled_diffusion/tree";
@@ -12,9 +13,9 @@ const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], Arrow
 let count = 0;
 
 export class Overlay {
-  /** node: of the graph. api, app: the host's. timing: of the page's runs. */
-  constructor({ node, api, app, timing }) {
-    Object.assign(this, { node, api, app, timing });
+  /** node: of the graph. api, app: the host's. timing, regions: of the page's runs. */
+  constructor({ node, api, app, timing, regions }) {
+    Object.assign(this, { node, api, app, timing, regions });
     this.result = this.tree = this.picture = this.hovered = this.focused = this.stroke = null;
     this.error = this.edits = "";
     this.secondsOfRun = new Map(); // of the graph's present run, by patch node
@@ -271,7 +272,20 @@ export class Overlay {
     this.clearButton.disabled = !this.edits || !this.wired.hidden;
     if (this.tree) this.ramp.style.background = `linear-gradient(to right, ${this.tree.palette.join(", ")})`;
     this.element.dataset.leaves = this.tree ? String(this.tree.leaves.length) : "";
+    this.showRegions();
     this.draw();
+  }
+
+  /** Offer the regions where there are any; the one whose line the cursor is in shows by itself. */
+  showRegions() {
+    if (!this.node.graph) return;
+    const before = JSON.stringify(this.found);
+    this.found = this.tree && this.regions.over(this.node);
+    this.regionsButton.hidden = !this.found;
+    this.element.dataset.regions = this.found ? String(this.found.rects.length) : "";
+    this.element.dataset.chosen = String(this.found?.chosen ?? "");
+    this.element.dataset.silent = String(this.found?.silent ?? "");
+    if (JSON.stringify(this.found) !== before) this.drawTop();
   }
 
   draw() {
@@ -284,6 +298,7 @@ export class Overlay {
     const context = prepare(this.top);
     if (!context || !this.tree) return;
     const view = this.view();
+    if (this.found) drawRegions(context, view, this.tree, this.found, this.regionsButton.ariaPressed === "true");
     if (this.stroke) drawStroke(context, view, this.stroke.leaves, this.stroke.strength);
     const isFocused = this.top.getRootNode().activeElement === this.top;
     for (const leaf of [this.hovered, isFocused ? this.focused : null]) if (leaf) drawFrame(context, view, leaf);
@@ -327,11 +342,13 @@ export class Overlay {
     const legend = make("div", "qtd-legend");
     this.ramp = make("span", "qtd-ramp", { "aria-hidden": "true" });
     this.clearButton = make("button", "qtd-button", { type: "button", title: say("clearTip") }, say("clear"));
+    this.regionsButton = make("button", "qtd-regions", { type: "button", title: say("regionsTip"), "aria-pressed": "false" }, say("regions"));
+    this.regionsButton.hidden = true;
     legend.append(
       make("span", "", {}, say("strengthZero")), this.ramp, make("span", "", {}, say("strengthOne")),
       swatch((context) => hatch(context, [0, 0, 14, 14])), make("span", "", {}, say("keptExactly")),
       swatch((context) => drawDiamond(context, [0, 0, 14, 14])), make("span", "", {}, say("painted")),
-      this.clearButton);
+      this.regionsButton, this.clearButton);
     return legend;
   }
 
@@ -346,6 +363,10 @@ export class Overlay {
     this.top.addEventListener("blur", () => this.onPointerGone());
     // The classic canvas lies under this element and would not hear of the wheel.
     this.element.addEventListener("wheel", (event) => this.isClassic() && this.app.canvas.processMouseWheel(event), { passive: true });
+    this.regionsButton.addEventListener("click", () => {
+      this.regionsButton.ariaPressed = String(this.regionsButton.ariaPressed !== "true");
+      this.drawTop();
+    });
     this.clearButton.addEventListener("click", () => this.setEdits(""));
   }
 }

@@ -2,6 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { Overlay } from "./overlay.mjs";
+import { Regions } from "./regions.mjs";
 import { addRunLine } from "./runline.mjs";
 import { loadTexts } from "./texts.mjs";
 import { Timing } from "./timing.mjs";
@@ -9,9 +10,11 @@ import { Timing } from "./timing.mjs";
 const TREE_NODE = "QuadtreeFromImage";
 const PATCH_NODE = "QuadtreeTiledDiffusion";
 const RESULT = "qtd_tree";
+const REGIONS_RESULT = "qtd_regions";
 const RUN_EVENT = "quadtree_tiled_diffusion.run";
 
 const timing = new Timing(app);
+const regions = new Regions(timing, () => eachOverlay((overlay) => overlay.showRegions()));
 const overlays = new WeakMap();
 const runLines = new WeakMap();
 // What runs told last, by the path of their node: nodes are made anew by undo and by a change of the language, their paths stay.
@@ -19,7 +22,7 @@ const lastTold = new Map();
 
 /** The widget of `edits`: the overlay, whose value is what is painted. */
 function addOverlay(node, name) {
-  const overlay = new Overlay({ node, api, app, timing });
+  const overlay = new Overlay({ node, api, app, timing, regions });
   const widget = node.addDOMWidget(name, "qtd_edits", overlay.element, {
     hideOnZoom: false,
     hideInPanel: true, // the element is on the node, and there is only one
@@ -131,12 +134,14 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.constructor.comfyClass === TREE_NODE) connectOverlay(node);
     if (node.constructor.comfyClass === PATCH_NODE) connectRunLine(node);
+    if (regions.isOf(node)) chain(node, "onExecuted", (result) => regions.take(node, result?.[REGIONS_RESULT]?.[0]));
   },
   // The results of a workflow whose tab is shown again.
   onNodeOutputsUpdated(results) {
     for (const node of allNodes(app.rootGraph)) {
-      const result = results[resultKey(node)]?.[RESULT]?.[0];
-      if (result) overlays.get(node)?.setResult(result);
+      const result = results[resultKey(node)];
+      if (result?.[RESULT]) overlays.get(node)?.setResult(result[RESULT][0]);
+      if (regions.isOf(node)) regions.take(node, result?.[REGIONS_RESULT]?.[0]);
     }
   },
 });

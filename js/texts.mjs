@@ -28,6 +28,10 @@ const ENGLISH = {
   saidRedrawn: "Redrawn fully.",
   saidReleased: "Left to the tree again.",
   noAnswer: "The server did not answer ({problem}).",
+  regions: "Regions",
+  regionsTip: "Show the regions of the last run and their numbers",
+  regionSilent: "no line",
+  regionCaption: "caption",
   runHint: "After a run: what it cost, and how much was kept.",
 };
 

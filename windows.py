@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .cover import Axis, Part, cuts_cover, quadtree_cover
+from .cover import BLOCK, Axis, Part, cuts_cover, quadtree_cover
 from .utils import Rect
 
 # Which axes of a picture go on over its border: (down, across).
@@ -112,12 +112,13 @@ def plan_windows(active: torch.Tensor, sizes: WindowSizes, cost: WindowCost, off
     active: (height, width) bool. offset: how far the quadtree's grid is moved up and left, which leaves rectangles no cuts
     but its own; None takes the best place.
     """
-    axes = [_axis(length, ring, sizes, cost.patch) for length, ring in zip(active.shape, sizes.wraps)]
+    axes = [_axis(length, ring, sizes, cost.patch, sizes.sides[0]) for length, ring in zip(active.shape, sizes.wraps)]
     prices = torch.full([len(axis.lengths) + 1 for axis in axes], math.inf, dtype=torch.float64)
     prices[:-1, :-1] = torch.tensor([[cost.of(height, width) for width in axes[1].lengths] for height in axes[0].lengths])
     cover = quadtree_cover(active, axes, prices, cost.patch, sizes.sides[-1] // sizes.sides[0], offset)
     if sizes.step and offset is None:
-        cover = min(cuts_cover(active, axes, prices, cost.patch), cover, key=lambda found: found.cost * (1 + 1e-9))
+        finer = [_axis(axis.length, axis.is_ring, sizes, cost.patch, _side_of_cuts(axis.length, sizes, cost.patch)) for axis in axes]
+        axes, cover = min((finer, cuts_cover(active, finer, prices, cost.patch)), (axes, cover), key=lambda found: found[1].cost)
     windows = [_window(part, axes, cost.patch) for part in cover.parts]
     return TilePlan(*active.shape, tuple(windows), sum(cost.of(window.rect.height, window.rect.width) for window in windows))
 
@@ -135,14 +136,22 @@ def group_windows(windows: Sequence[Window], kind_of) -> list[tuple[Window, ...]
     return [tuple(group) for group in groups.values()]
 
 
-def _axis(length: int, is_ring: bool, sizes: WindowSizes, patch: int) -> Axis:
+def _axis(length: int, is_ring: bool, sizes: WindowSizes, patch: int, side: int) -> Axis:
     """A window as long as a ring has no overlap beyond itself: it serves half of the ring, another one the other half."""
-    side, overlap = sizes.sides[0], sizes.overlap
-    shortest = side if sizes.step else 0
+    overlap = sizes.overlap
     if is_ring and side + 2 * overlap > length:
         side = math.ceil(length / 2 / patch) * patch if overlap else side
         overlap = max(min((length - side) // 2, overlap), 0)
-    return Axis(length, is_ring, side, overlap, sizes.lengths(length), shortest)
+    return Axis(length, is_ring, side, overlap, sizes.lengths(length), sizes.sides[0] if sizes.step else 0)
+
+
+def _side_of_cuts(length: int, sizes: WindowSizes, patch: int) -> int:
+    """Half the smallest core; in a large latent more, up to a quarter of the largest, as the search takes a block at a time."""
+    side = sizes.sides[0]
+    side = side if side // 2 % patch or side < 2 else side // 2
+    while side * BLOCK < length and side * 4 < sizes.sides[-1]:
+        side *= 2
+    return side
 
 
 def _window(part: Part, axes: Sequence[Axis], patch: int) -> Window:

@@ -21,6 +21,17 @@ def patch_cells(model) -> int:
     return int(patch[-1] if isinstance(patch, (tuple, list)) else patch)
 
 
+def is_compiled(patcher) -> bool:
+    """True if torch.compile is on a model: by the host's node, which leaves its arguments, or on a part of the network by another pack's."""
+    return "torch_compile_kwargs" in patcher.model_options or any(map(_is_compiled_module, patcher.model.diffusion_model.modules()))
+
+
+def _is_compiled_module(module: torch.nn.Module) -> bool:
+    """By what torch.compile leaves on a module, in its place, and on a forward of its own."""
+    forward = vars(module).get("forward")
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None or hasattr(forward, "_torchdynamo_orig_callable")
+
+
 def window_cost(model, conds, shape) -> WindowCost:
     """The cost of a window for this model, by its layers, its patch and its text."""
     network = model.diffusion_model

@@ -64,13 +64,13 @@ def _report(call: Call, run: Run, is_restored: bool) -> None:
     kept = float(run.unsampled(run.facts.leaf_strengths).double().mean()) if run.facts.original is not None else 0.0
     cost = ledger.cost / ledger.grid_cost
     line = (
-        f"{ledger.windows} windows over {steps} steps, {cost:.2f} of the cost of the full grid's {ledger.grid_windows}; "
+        f"{ledger.windows} windows{f' of {len(ledger.shapes)} shapes' if len(ledger.shapes) > 1 else ''} over {steps} steps, {cost:.2f} of the cost of the full grid's {ledger.grid_windows}; "
         f"{100 * kept:.0f} % of the picture {'kept exactly' if is_restored or not kept else 'not sampled'}")
     log.info(line)
     if call.settings.tell is not None:
         call.settings.tell(
-            line, windows=ledger.windows, grid_windows=ledger.grid_windows, steps=steps, cost=cost, kept=kept, exact=is_restored or not kept,
-            seconds=time.monotonic() - call.runs[0].began)
+            line, windows=ledger.windows, shapes=len(ledger.shapes), grid_windows=ledger.grid_windows, steps=steps, cost=cost, kept=kept,
+            exact=is_restored or not kept, seconds=time.monotonic() - call.runs[0].began)
 
 
 def _warn_if_little_changed(call: Call, run: Run) -> None:

@@ -22,7 +22,7 @@ from .denoise_schedule import on_steps, share_at
 from .drawing import VIRIDIS, strength_colour
 from .painting import edit_quadtree, painted_cells, parse_edits
 from .quadtree import METRICS, CellStatistics, Quadtree, check_leaves, coarsen, grow_quadtree, measure_cells
-from .sampling_run import strengths_in_cells
+from .sampling_run import STEP_PX, strengths_in_cells
 from .tiled_diffusion import TiledDiffusion
 from .utils import Refusal
 from .windows import WindowCost, full_grid, plan_windows, window_sizes
@@ -159,7 +159,7 @@ def estimated_cost(tree: Quadtree) -> float:
     height, width = max(tree.height // CELL_PX, 1), max(tree.width // CELL_PX, 1)
     strengths = on_steps(TiledDiffusion.schedule, strengths_in_cells(tree, height, width, cell_px=CELL_PX), STEPS)
     sides = (side // CELL_PX for side in (TiledDiffusion.min_window, TiledDiffusion.max_window, TiledDiffusion.tile_overlap))
-    sizes, cost = window_sizes(*sides, PATCH_CELLS), WindowCost(PATCH_CELLS)
+    sizes, cost = window_sizes(*sides, PATCH_CELLS, step=STEP_PX // CELL_PX), WindowCost(PATCH_CELLS)
     levels, costs, total = strengths.unique(), {}, 0.0
     for step in range(STEPS):
         active = int((share_at(TiledDiffusion.schedule, levels, step / STEPS) > 0).sum())

@@ -18,8 +18,12 @@ import torch
 from .cover import BLOCK, Axis, Part, cuts_cover, quadtree_cover
 from .utils import Rect
 
+# As tight as what is active, or squares of a few sizes.
+WINDOW_SHAPES = ("tight", "square")
+
 # Which axes of a picture go on over its border: (down, across).
 WRAPS = {"none": (False, False), "horizontal": (False, True), "both": (True, True)}
+
 
 @dataclass(frozen=True, slots=True)
 class Window:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from qtd_pack.denoise_schedule import share_at
 from qtd_pack.quadtree import CellStatistics, Quadtree, grow_quadtree, measure_cells
-from qtd_pack.sampling_run import strengths_in_cells
+from qtd_pack.sampling_run import STEP_PX, strengths_in_cells
 from qtd_pack.windows import TilePlan, WindowCost, WindowSizes, full_grid, plan_windows, window_sizes
 
 PHOTOS = ("astronaut", "camera", "chelsea", "coffee", "hubble_deep_field", "moon", "retina", "rocket")
@@ -126,9 +126,15 @@ def cells_of(plan: TilePlan) -> int:
     return sum(window.rect.height * window.rect.width for window in plan.windows)
 
 
+def sizes_px(min_window: int, max_window: int, overlap: int = 64, *, shapes: str = "tight", patch: int = 2, cell_px: int = CELL_PX) -> WindowSizes:
+    """The windows' sizes as the node's inputs give them, in pixels."""
+    step = STEP_PX if shapes == "tight" else 0
+    return window_sizes(*(length // cell_px for length in (min_window, max_window, overlap)), patch, step=step // cell_px)
+
+
 def planned_run(tree, *, steps: int = 20, sizes: WindowSizes | None = None, cost: WindowCost = FLUX_DEV, cell_px: int = CELL_PX) -> PlannedRun:
-    """Plan a run by this tree over its own picture; windows of 256 to 1024 px with 64 px of overlap unless told."""
-    sizes = sizes or window_sizes(256 // cell_px, 1024 // cell_px, 64 // cell_px, cost.patch)
+    """Plan a run by this tree over its own picture; tight windows of 256 to 1024 px with 64 px of overlap unless told."""
+    sizes = sizes or sizes_px(256, 1024, patch=cost.patch, cell_px=cell_px)
     height, width = tree.height // cell_px, tree.width // cell_px
     strengths = strengths_in_cells(tree, height, width)
     known: dict[int, TilePlan] = {}

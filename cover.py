@@ -131,12 +131,13 @@ def _costs_of_cuts(prices: Sequence[torch.Tensor], rows: int, cols: int) -> list
 
 def _cut_rows(costs: torch.Tensor, rows: int) -> None:
     """Let rectangles of one width cost no more than two above each other, in place."""
-    row = torch.arange(rows)
+    by_height, by_block, by_row, by_col = costs.stride()
     for height in range(2, rows + 1):
-        above = torch.arange(1, height)[:, None]
-        below = costs[height - above - 1, :, above + row].transpose(1, 2)
+        # The lower parts, the shortest first: each begins where what is left above it ends.
+        below = costs.as_strided((height - 1, costs.shape[1], rows, costs.shape[3]), (by_height - by_row, by_block, by_row, by_col), (height - 1) * by_row)
+        above = costs[:height - 1, :, :rows].flip(0)
         here = costs[height - 1, :, :rows]
-        torch.minimum(here, (costs[:height - 1, :, :rows] + below).amin(0), out=here)
+        torch.minimum(here, above.add_(below).amin(0), out=here)
 
 
 def _pieces(windows: _Windows, costs: Sequence[torch.Tensor], block: int) -> list[tuple[tuple[int, ...], tuple[int, int]]]:

@@ -50,7 +50,7 @@ def check_guidance(model_options, run: Run) -> None:
     size = tuple(run.facts.strengths.shape)
     functions = model_options.get("sampler_post_cfg_function", [])
     sizes = run.facts.sizes
-    in_windows = any(sizes.wraps) or sizes.shape(sizes.sides[0], *size) != size
+    in_windows = any(sizes.wraps) or any(sizes.lengths(length)[0] < length for length in size)
     if in_windows and any("SelfAttentionGuidance" in getattr(function, "__qualname__", "") for function in functions):
         raise ValueError(
             "Self-Attention Guidance: expected the whole picture in one window, as it lays one window's attention over all of it. "

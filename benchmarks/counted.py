@@ -9,6 +9,7 @@ import comfy.conds
 import torch
 from measuring import table
 from qtd_pack.model_facts import patch_cells, window_cost
+from qtd_pack.sampling_run import STEP_PX
 from qtd_pack.tiled_diffusion import TiledDiffusion
 from qtd_pack.windows import TilePlan, WindowCost, WindowSizes, window_sizes
 
@@ -40,7 +41,7 @@ def price_of(name: str, height: int, width: int) -> WindowCost:
 def default_windows(name: str) -> WindowSizes:
     """The node's own, in cells of this model."""
     sides = (TiledDiffusion.min_window // MODELS[name].px, TiledDiffusion.max_window // MODELS[name].px, math.ceil(TiledDiffusion.tile_overlap / MODELS[name].px))
-    return window_sizes(*sides, patch_cells(built(name)))
+    return window_sizes(*sides, patch_cells(built(name)), step=math.ceil(STEP_PX / MODELS[name].px))
 
 
 def photo_row(name: str, photo: str, side: int) -> dict[str, float]:

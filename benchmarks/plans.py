@@ -160,11 +160,10 @@ def curve(tree_of: Callable[..., Quadtree], plan_run: Callable, photos, side: in
 
 def pairs(photos=PHOTOS, side: int = 2048, budgets=CURVE_BUDGETS, max_leaf: int = 512) -> dict[str, list[tuple[float, float]]]:
     """The curves of the old pair and of the new one, (cost, content redrawn) in growing order."""
-    sizes = window_sizes(*(length * side // 2048 // 8 for length in (256, 1024, 64)), FLUX_DEV.patch)
-    plan_run = lambda tree: planned_run(tree, sizes=sizes)
+    of_shapes = lambda shapes: lambda tree: planned_run(tree, sizes=sizes_px(*(length * side // 2048 for length in (256, 1024, 64)), shapes=shapes))
     return {
-        "one threshold, square windows": curve(threshold_tree, plan_run, photos, side, budgets, max_leaf),
-        "best tree, windows as they are planned": curve(photo_tree, plan_run, photos, side, budgets, max_leaf),
+        "one threshold, square windows": curve(threshold_tree, of_shapes("square"), photos, side, budgets, max_leaf),
+        "best tree, tight windows": curve(photo_tree, of_shapes("tight"), photos, side, budgets, max_leaf),
     }
 
 

@@ -104,7 +104,7 @@ def plan_once(tree: Quadtree, sizes) -> tuple:
 
 def planning_part(tiny: bool) -> str:
     """Parts b and f."""
-    sizes, rows = window_sizes(32, 128, 8, 2), []
+    sizes, rows = window_sizes(32, 128, 8, 2, step=8), []
     for count in (64, 256) if tiny else (64, 256, 1024, 4096, 16384, 65536):
         tree = even_leaves(count)
         seconds = medians({"plan": lambda: plan_once(tree, sizes)}, 9 if count <= 4096 else 3)["plan"]

@@ -50,7 +50,7 @@ def functions_of(module: types.ModuleType) -> dict[str, int]:
 PURE = {
     "utils": set(), "copies": set(), "denoise_schedule": set(), "clock": {"denoise_schedule"}, "quadtree": {"utils"},
     "placement": {"quadtree", "utils"}, "strengths": {"placement", "quadtree", "utils"}, "painting": {"placement", "quadtree", "utils"},
-    "drawing": {"quadtree", "utils"}, "compositing": {"placement", "quadtree", "utils"}, "windows": {"utils"}, "blending": {"utils", "windows"},
+    "drawing": {"quadtree", "utils"}, "compositing": {"placement", "quadtree", "utils"}, "cover": set(), "windows": {"cover", "utils"}, "blending": {"utils", "windows"},
     "network_work": {"windows"},
 }
 OUTSIDE = {

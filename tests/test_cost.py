@@ -84,7 +84,7 @@ def test_the_model_sees_as_many_cells_as_were_planned_for_a_photo(model, name, c
     conds = [[{"model_conds": {"c_crossattn": torch.nn.Module()}}]]
     conds[0][0]["model_conds"]["c_crossattn"].cond = torch.zeros(1, 64, 64)
     cost = window_cost(model.patcher.model, conds, model.latent_shape(tree.height, tree.width))
-    planned = plans.planned_run(tree, steps=STEPS, sizes=window_sizes(8, 32, 2, 2), cost=cost)
+    planned = plans.planned_run(tree, steps=STEPS, sizes=window_sizes(8, 32, 2, 2, step=8), cost=cost)
     assert sum(shape[0] * shape[-2] * shape[-1] for shape in shapes) == rows * planned.cells
     assert planned.cost < 0.7
 

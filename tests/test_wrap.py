@@ -347,7 +347,7 @@ def test_a_wrap_that_does_not_exist_is_named():
 def test_the_input_is_rare_and_graphs_without_it_run_as_ever(model):
     schema = QuadtreeTiledDiffusion.define_schema()
     (wrap,) = (entry for entry in schema.inputs if entry.id == "wrap")
-    assert (wrap.id, wrap.default, list(wrap.options), wrap.optional, wrap.advanced) == ("wrap", "none", ["none", "horizontal", "both"], True, True)
+    assert (wrap.default, list(wrap.options), wrap.optional, wrap.advanced) == ("none", ["none", "horizontal", "both"], True, True)
     settings = {entry.id: entry.default for entry in schema.inputs if entry.id not in ("model", "quadtree", "original", "sigmas", "wrap")}
     old = QuadtreeTiledDiffusion.execute(model.patcher, even_tree(1.0), **settings).args[0]
     (wrapper,) = old.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)

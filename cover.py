@@ -80,7 +80,7 @@ def cuts_cover(active: torch.Tensor, axes: Sequence[Axis], prices: torch.Tensor,
 
     A ring is cut open along the line of squares that the fewest active cells lie across.
     """
-    moved = tuple(_quiet_place(cells, axis) for cells, axis in zip((active, active.T), axes))
+    moved = tuple(_quiet_place(cells, axis, patch) for cells, axis in zip((active, active.T), axes))
     boxes = _active_boxes(active.roll(moved, (0, 1)), axes, patch, (0, 0))
     rows, cols = (min(size, BLOCK) for size in boxes.shape[1:])
     boxes = F.pad(boxes, (0, -boxes.shape[2] % cols, 0, -boxes.shape[1] % rows), value=NOTHING)
@@ -165,12 +165,14 @@ def _pieces(windows: _Windows, costs: Sequence[torch.Tensor], block: int) -> lis
     return found
 
 
-def _quiet_place(active: torch.Tensor, axis: Axis) -> int:
+def _quiet_place(active: torch.Tensor, axis: Axis, patch: int) -> int:
     """How far to roll a ring, the first dimension, for the fewest active cells to lie across its ends; 0 for what is none."""
     if not axis.is_ring:
         return 0
     across = (active & active.roll(1, 0)).sum(1)
-    return min(range(0, axis.length, axis.side), key=lambda by: int(across[-by % axis.length]))
+    # Where all are alike, no windows meet on the latent's own border.
+    half = max(axis.side // 2 // patch * patch, patch)
+    return min((by % axis.length for by in range(half, axis.length + half, half)), key=lambda by: int(across[-by % axis.length]))
 
 
 def _boxes_on_grids(

@@ -88,10 +88,8 @@ def test_a_stronger_half_costs_more():
         Leaf(Rect(top, side, top + 1024, side + 1024), 1024, 0.0, strength if side else 0.0) for top in (0, 1024) for side in (0, 1024))))
         for strength in (0.25, 0.5, 1.0)]
     assert costs == sorted(costs)
-    # Two windows of 1088 px, 64 px around the half, of the grid's four of 1152 px.
-    patches = [(side // 16) ** 2 for side in (1088, 1152)]
-    assert costs[2] == pytest.approx(0.5 * (patches[0] + patches[0] ** 2 / 12288) / (patches[1] + patches[1] ** 2 / 12288))
-    assert 0.1 < costs[0] < 0.12
+    # At most two windows of 1088 px, 64 px around the half, where the grid has four of 1152 px.
+    assert 0.1 < costs[0] < 0.12 and 0.4 < costs[2] < 0.432
 
 
 def test_a_tree_for_a_picture_of_4096_px_takes_less_than_a_tenth_of_a_second():

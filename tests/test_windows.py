@@ -1,6 +1,7 @@
 """Which windows does the model see? Layouts as tables, in cells; the planner against all quadtree covers there are."""
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -12,6 +13,7 @@ from qtd_pack.blending import METHODS, SHIFTS, blend_weight, plan_blend, shift_o
 from qtd_pack.windows import TilePlan, Window, WindowCost, WindowSizes, full_grid, group_windows, plan_windows, window_sizes
 
 SMALL = WindowSizes((4, 8), 2)
+TIGHT = WindowSizes((4, 8), 2, step=2)
 COSTS = {"no text": WindowCost(2, 1, 0, 64), "much text": WindowCost(2, 1, 40, 64), "attention": WindowCost(2, 1, 0, 1), "video": WindowCost(1, 5, 9, 64)}
 
 
@@ -104,7 +106,7 @@ def test_sides_and_overlap_are_multiples_of_the_patch(min_window, max_window, ov
 CASES = [
     (height, width, sizes, share, offset)
     for height, width in ((16, 16), (23, 37), (64, 48), (9, 5), (2, 50))
-    for sizes in (SMALL, WindowSizes((4, 8, 16), 2), WindowSizes((8,), 4), WindowSizes((6, 12), 0))
+    for sizes in (SMALL, WindowSizes((4, 8, 16), 2), WindowSizes((8,), 4), WindowSizes((6, 12), 0), TIGHT, WindowSizes((8,), 4, step=4), WindowSizes((6, 12), 0, step=6))
     for share, offset in ((0.05, None), (0.4, None), (1.0, None), (0.4, (2, 4)), (1.0, (6, 0)))
 ]
 
@@ -132,10 +134,85 @@ def test_a_window_shows_the_overlap_around_its_core_wherever_the_latent_has_it(h
 
 
 @pytest.mark.parametrize("height, width, sizes, share, offset", CASES)
-def test_there_are_at_most_as_many_shapes_as_sides(height, width, sizes, share, offset):
+def test_squares_have_at_most_as_many_shapes_as_sides_and_rectangles_as_there_are_lengths(height, width, sizes, share, offset):
     plan = plan_windows(speckled(5, height, width, share), sizes, COSTS["no text"], offset)
     shapes = {(window.rect.height, window.rect.width) for window in plan.windows}
-    assert shapes <= {sizes.shape(side, height, width) for side in sizes.sides}
+    if sizes.step:
+        assert shapes <= set(itertools.product(sizes.lengths(height), sizes.lengths(width)))
+    else:
+        assert shapes <= {sizes.shape(side, height, width) for side in sizes.sides}
+
+
+@pytest.mark.parametrize("sizes, length, expected", [
+    (WindowSizes((32, 64), 8), 200, (48, 80)),
+    (WindowSizes((32, 64), 8, step=8), 200, (32, 40, 48, 56, 64, 72, 80)),
+    (WindowSizes((32, 64), 8, step=8), 50, (32, 40, 48, 50)),
+    (WindowSizes((32, 64), 8, step=8), 20, (20,)),
+    (WindowSizes((10, 20), 2, step=8), 200, (14, 16, 24)),
+    (WindowSizes((64, 128), 8, step=8), 512, (64, 72, 80, 88, 96, 104, 112, 120, 128, 136, 144)),
+])
+def test_windows_may_be_as_long_as(sizes, length, expected):
+    assert sizes.lengths(length) == expected
+
+
+RECTANGLES = {
+    # name: (active boxes, sizes), and the windows of a 16 x 16 latent
+    "nothing": ((), TIGHT, []),
+    "a core is never shorter than the smallest side": (((7, 7, 9, 9),), TIGHT, [(4, 4, 12, 12)]),
+    "a corner needs an overlap on two sides only": (((0, 0, 2, 2),), TIGHT, [(0, 0, 6, 6)]),
+    "the last corner": (((14, 14, 16, 16),), TIGHT, [(10, 10, 16, 16)]),
+    "a line that lies": (((6, 2, 8, 10),), TIGHT, [(2, 0, 10, 12)]),
+    "a line that stands": (((2, 6, 10, 8),), TIGHT, [(0, 2, 12, 10)]),
+    "a line over the whole latent, in the steps there are": (((0, 0, 2, 16),), WindowSizes((4, 16), 2, step=4), [(0, 0, 8, 16)]),
+    "lines that are far apart": (((0, 0, 2, 8), (14, 8, 16, 16)), TIGHT, [(0, 0, 6, 10), (10, 6, 16, 16)]),
+    "no overlap": (((0, 0, 4, 8), (8, 8, 16, 12)), WindowSizes((4, 8), 0, step=2), [(0, 0, 4, 8), (8, 8, 16, 12)]),
+}
+
+
+@pytest.mark.parametrize("boxes, sizes, expected", RECTANGLES.values(), ids=RECTANGLES.keys())
+def test_the_cheapest_rectangles_for(boxes, sizes, expected):
+    assert rects(plan_windows(boxed(*boxes), sizes, WindowCost(2, 1, 4, 64))) == expected
+
+
+@pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS.keys())
+@pytest.mark.parametrize("overlap", [0, 2, 4])
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.4, 1.0])
+def test_rectangles_never_cost_more_than_squares(share, overlap, cost):
+    for seed, (height, width) in enumerate([(16, 16), (33, 24), (96, 70)]):
+        active = speckled(seed, height, width, share)
+        squares, tight = (plan_windows(active, WindowSizes((4, 8, 16), overlap, step=step), cost).cost for step in (0, 2))
+        assert tight <= squares * (1 + 1e-9)
+
+
+def cheapest_cuts(active, lengths, sizes, cost) -> float:
+    """The least over all ways to cut squares of the smallest side in two again and again, by trying them all."""
+    cells = active.nonzero().tolist()
+
+    @functools.lru_cache(maxsize=None)
+    def least(top, left, bottom, right):
+        inside = [(row, col) for row, col in cells if top <= row < bottom and left <= col < right]
+        if not inside:
+            return 0.0
+        fits = []
+        for places, length in zip(zip(*inside), active.shape):
+            first, last = min(places) // cost.patch * cost.patch, -(-(max(places) + 1) // cost.patch) * cost.patch
+            needed = min(last + sizes.overlap, length) - max(first - sizes.overlap, 0) + max(sizes.sides[0] - (last - first), 0)
+            fits.append(next((size for size in lengths if size >= needed), lengths[-1] if last - first < sizes.sides[0] else None))
+        options = [cost.of(*fits)] if None not in fits else []
+        options += [least(top, left, row, right) + least(row, left, bottom, right) for row in range(top + 4, bottom, 4)]
+        options += [least(top, left, bottom, col) + least(top, col, bottom, right) for col in range(left + 4, right, 4)]
+        return min(options)
+
+    return least(0, 0, *active.shape)
+
+
+@pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS.keys())
+@pytest.mark.parametrize("share", [0.03, 0.2, 0.6])
+def test_no_way_to_cut_is_cheaper(share, cost):
+    sizes = WindowSizes((4, 8), 2, step=2)
+    for seed in range(3):
+        active = speckled(seed, 24, 24, share)
+        assert plan_windows(active, sizes, cost).cost <= cheapest_cuts(active, sizes.lengths(24), sizes, cost) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("patch", [1, 2, 4, 8, 16])

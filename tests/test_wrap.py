@@ -51,9 +51,9 @@ def speckled(seed: int, height: int, width: int, share: float) -> torch.Tensor:
 
 
 PLANS = [
-    (height, width, WindowSizes(sides, overlap, wraps), share, offset)
+    (height, width, WindowSizes(sides, overlap, wraps, step), share, offset)
     for height, width in ((16, 16), (23, 37), (64, 48), (8, 8), (9, 5), (2, 50), (12, 30))
-    for sides, overlap in (((4, 8), 2), ((4, 8, 16), 2), ((8,), 4), ((6, 12), 0))
+    for sides, overlap, step in (((4, 8), 2, 0), ((4, 8, 16), 2, 0), ((8,), 4, 0), ((6, 12), 0, 0), ((4, 8, 16), 2, 4), ((6, 12), 0, 6), ((8,), 4, 2))
     for wraps in (BOTH, ACROSS)
     for share, offset in ((0.1, None), (0.5, None), (1.0, None), (1.0, (2, 6)))
 ]

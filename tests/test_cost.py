@@ -7,6 +7,7 @@ import comfy.model_management
 import comfy.sample
 import pytest
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from conftest import ROOT, load_module
 from counting import Operations, step_bytes
 from sampling import calls_of, even_tree, load, patched, sample, striped_tree, with_prediction
@@ -74,6 +75,26 @@ def test_a_picture_of_4096_px_with_4096_leaves_is_planned_within_50_ms():
         plan_windows(active, plans.sizes_px(256, 1024), plans.FLUX_DEV)
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.05
+
+
+def compiled_by_the_host(patcher):
+    set_torch_compile_wrapper(patcher, backend="eager")
+
+
+def compiled_block(patcher):
+    patcher.model.diffusion_model.double_blocks[0].compile(backend="eager")
+
+
+@pytest.mark.parametrize("compiled", [compiled_by_the_host, compiled_block])
+@pytest.mark.parametrize("shapes", ["tight", "square"])
+def test_a_compiled_model_has_square_windows_by_itself(compiled, shapes):
+    tiny = load(FLUX)
+    settings = TiledDiffusion(striped_tree(0.0, 1.0, leaf=128), min_window=64, max_window=128, tile_overlap=16, window_shapes=shapes)
+    step = lambda patcher: watched_run(tiny, with_prediction(settings.patched(patcher), lambda x, sigma: x), steps=1).facts.sizes.step
+    assert step(tiny.patcher) == (8 if shapes == "tight" else 0)
+    patcher = tiny.patcher.clone()
+    compiled(patcher)
+    assert step(patcher) == 0
 
 
 @pytest.mark.parametrize("budget", plans.BUDGETS)

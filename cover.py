@@ -245,6 +245,10 @@ def _fit(axis: Axis, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
     found = first[needed.clamp(0, longest + 1)]
     if not axis.shortest:
         return found
+    if not axis.is_ring:
+        # As much as a window may be chosen for is seen as in a square at the latent's border, too: a narrower hand-over was seen as a line.
+        needed = torch.where(-end - start >= longest - 2 * axis.overlap, longest, needed)
+        found = torch.where(found < len(axis.lengths), first[needed.clamp(0, longest + 1)], found)
     extended = first[(needed + (axis.shortest + start + end).clamp(min=0)).clamp(0, longest)]
     return torch.where(found < len(axis.lengths), extended, found)
 

@@ -164,7 +164,8 @@ RECTANGLES = {
     "a line that lies": (((6, 2, 8, 10),), TIGHT, [(2, 0, 10, 12)]),
     "a line that stands": (((2, 6, 10, 8),), TIGHT, [(0, 2, 12, 10)]),
     "a line over the whole latent, in the steps there are": (((0, 0, 2, 16),), WindowSizes((4, 16), 2, step=4), [(0, 0, 8, 16)]),
-    "lines that are far apart": (((0, 0, 2, 8), (14, 8, 16, 16)), TIGHT, [(0, 0, 6, 10), (10, 6, 16, 16)]),
+    "lines that are far apart": (((0, 0, 2, 8), (14, 8, 16, 16)), TIGHT, [(0, 0, 6, 12), (10, 4, 16, 16)]),
+    "what is a cell short of the largest side at the border": (((0, 0, 2, 6),), TIGHT, [(0, 0, 6, 8)]),
     "no overlap": (((0, 0, 4, 8), (8, 8, 16, 12)), WindowSizes((4, 8), 0, step=2), [(0, 0, 4, 8), (8, 8, 16, 12)]),
 }
 
@@ -197,6 +198,7 @@ def cheapest_cuts(active, lengths, sizes, cost) -> float:
         for places, length in zip(zip(*inside), active.shape):
             first, last = min(places) // cost.patch * cost.patch, -(-(max(places) + 1) // cost.patch) * cost.patch
             needed = min(last + sizes.overlap, length) - max(first - sizes.overlap, 0) + max(sizes.sides[0] - (last - first), 0)
+            needed = lengths[-1] if last - first >= lengths[-1] - 2 * sizes.overlap else needed
             fits.append(next((size for size in lengths if size >= needed), lengths[-1] if last - first < sizes.sides[0] else None))
         options = [cost.of(*fits)] if None not in fits else []
         options += [least(top, left, row, right) + least(row, left, bottom, right) for row in range(top + 4, bottom, 4)]

@@ -198,7 +198,7 @@ def cheapest_cuts(active, lengths, sizes, cost) -> float:
         for places, length in zip(zip(*inside), active.shape):
             first, last = min(places) // cost.patch * cost.patch, -(-(max(places) + 1) // cost.patch) * cost.patch
             needed = min(last + sizes.overlap, length) - max(first - sizes.overlap, 0) + max(sizes.sides[0] - (last - first), 0)
-            needed = lengths[-1] if last - first >= lengths[-1] - 2 * sizes.overlap else needed
+            needed = max(needed, lengths[-1]) if last - first >= lengths[-1] - 2 * sizes.overlap else needed
             fits.append(next((size for size in lengths if size >= needed), lengths[-1] if last - first < sizes.sides[0] else None))
         options = [cost.of(*fits)] if None not in fits else []
         options += [least(top, left, row, right) + least(row, left, bottom, right) for row in range(top + 4, bottom, 4)]

@@ -149,7 +149,7 @@ def summarize(base: Path, picture: Image.Image, outputs: dict, log: str, seconds
     cell_px = picture.height // before.shape[-2]
     kept_cells = kept[cell_px // 2::cell_px, cell_px // 2::cell_px]
     error = np.abs(after - before)[:, kept_cells].max(initial=0)
-    run = re.search(r"\d+ windows over .*", log).group()
+    run = re.search(r"\d+ windows .*", log).group()
     return "\n".join([
         f"picture        {picture.width} x {picture.height} px",
         f"run            {run}",

@@ -390,7 +390,7 @@ def test_the_picture_speaks_the_language_of_the_page(frontend, tree_node, locale
         "errors": {"max_leaf_doubled": "max_leaf: expected min_leaf ({min_leaf}) doubled some times, got {max_leaf}. The nearest are {below} and {above}."}}
     frontend.set_locale(locale)
     try:
-        said = texts["tree"].format(leaves=sent["leaves"], kept=30, cost=100)
+        said = texts["tree"].format(leaves=sent["leaves"], kept=30, cost=97)
         frontend.until("said => document.querySelector('.qtd-line')?.textContent === said", said)
         assert frontend.page.locator(".qtd-legend span >> nth=0").inner_text() == texts["strengthZero"]
         assert frontend.page.locator(".qtd-button").inner_text() == texts["clear"]

@@ -230,9 +230,9 @@ def corner_and_spots() -> Quadtree:
 
 
 @pytest.mark.parametrize("method", ["Mixture of Diffusers", "SpotDiffusion"])
-@pytest.mark.parametrize("min_window, shapes", [(128, 1), (64, 2)], ids=["one shape", "two shapes"])
+@pytest.mark.parametrize("min_window, several", [(128, False), (64, True)], ids=["one shape", "several shapes"])
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES.keys())
-def test_cells_that_have_not_begun_are_the_original_at_every_step_of_a_cache(cache, min_window, shapes, method):
+def test_cells_that_have_not_begun_are_the_original_at_every_step_of_a_cache(cache, min_window, several, method):
     """Whatever it makes of the steps that it skips."""
     model = load("flux_schnell")
     latent = model.latent(SIDE_PX, SIDE_PX)
@@ -245,7 +245,7 @@ def test_cells_that_have_not_begun_are_the_original_at_every_step_of_a_cache(cac
     patcher, calls = recorded(tiled(first(cache(model.patcher)), corner_and_spots(), **settings))
     before = sample(model, patcher, latent, steps=8, cfg=3.0, callback=follow)
     after = sample(model, first(cache(tiled(model.patcher, corner_and_spots(), **settings))), latent, steps=8, cfg=3.0)
-    assert len({call.x.shape[-2:] for call in calls}) == shapes
+    assert (len({call.x.shape[-2:] for call in calls}) > 1) == several
     assert torch.equal(before, after) and before.isfinite().all()
     assert torch.equal(before[..., :16], latent[..., :16])
     assert len(seen) == 8 and max(change[:, :16].max() for change in seen) == 0

@@ -3,8 +3,9 @@
     python run.py bench [PART ...] [--write] [--tiny] [--threads N]
 
 Parts: tree, trees, planning, overhead, budget, memory, cuda, operations, decode; all of them if none is named. Named parts are
-shown, and with --write take the place of what stands in RESULTS.md. `bench quality` measures how the results look. --tiny
-runs every part small, to see that it works: its figures say nothing, and are not written.
+shown, and with --write take the place of what stands in RESULTS.md. `bench quality` measures how the results look, and
+`bench reliability` shows what holds under fuzz and faults. --tiny runs every part small, to see that it works: its figures
+say nothing, and are not written.
 """
 from __future__ import annotations
 
@@ -65,6 +66,10 @@ def main(words: list[str]) -> int:
         import quality
 
         return quality.main(words[1:])
+    if words[:1] == ["reliability"]:
+        import reliability
+
+        return reliability.main(words[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART")
     parser.add_argument("--write", action="store_true")

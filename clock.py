@@ -26,6 +26,18 @@ def progress_at(sigma: float, sigmas: tuple[float, ...]) -> float:
     return 1.0
 
 
+def places(sigmas: tuple[float, ...], schedule: tuple[float, ...]) -> list[float]:
+    """The progress at which each of the sigmas is reached: by their order where they are a stretch of the schedule, else one by one.
+
+    By their order, sigmas that are repeated are steps like all others.
+    """
+    steps = len(schedule) - 1
+    for first in range(steps + 2 - len(sigmas)):
+        if steps and all(math.isclose(sigma, other, rel_tol=1e-5) for sigma, other in zip(sigmas, schedule[first:])):
+            return [(first + step) / steps for step in range(len(sigmas))]
+    return [progress_at(sigma, schedule) for sigma in sigmas]
+
+
 def falling_part(sigmas: tuple[float, ...]) -> tuple[float, ...]:
     """The schedule that strengths count in: it begins at its largest sigma; sigmas that only rise stay as they are.
 
@@ -48,7 +60,7 @@ class Clock:
     def __init__(self, sigmas: tuple[float, ...], schedule: tuple[float, ...], counts: bool = True):
         self.sigmas, self.schedule, self.counts = sigmas, schedule, counts
         self.first = len(sigmas) - len(falling_part(sigmas))
-        found = [progress_at(sigma, schedule) for sigma in sigmas[self.first:]]
+        found = places(sigmas[self.first:], schedule)
         self.begins = (found[0],) * self.first + tuple(max(found[:step + 1]) for step in range(len(found)))
         self.progress = self.begins[0]
         self.step: int | None = None  # the step of the last call
@@ -157,13 +169,18 @@ class Clock:
         """By its sigma, as the sampler tells sigmas, between the steps that are known to have begun and not to have."""
         if self._has_next_noise(x):
             return self.begins[self.step + 1]
-        found = progress_at(sigma / self.ratio, self.schedule)
+        found = self._repeated(sigma) or progress_at(sigma / self.ratio, self.schedule)
         above = next((begin for begin in self.begins if begin >= found), 1.0)
         if above - found < 0.02 / (len(self.schedule) - 1):
             found = above
         if self.back is not None and self.calls <= (self.usual or _MOST_STAGES):
             found = min(found, self.begins[self.step + 1])
         return found
+
+    def _repeated(self, sigma: float) -> float | None:
+        """Where the next step of the same sigma begins, if the schedule repeats it."""
+        same = [begin for begin, scheduled in zip(self.begins, self.sigmas) if math.isclose(sigma, scheduled * self.ratio, rel_tol=1e-5)]
+        return next((begin for begin in same if begin > self.progress), None) if len(same) > 1 else None
 
     def _compare(self, sigma: float) -> None:
         """Learn how the sampler tells sigmas; one that is far from the step's own belongs to another step."""

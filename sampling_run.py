@@ -204,6 +204,8 @@ class Call:
         offsets = [None] * steps
         if settings.method == "SpotDiffusion":
             offsets = shift_offsets(settings.shift_method, steps, sizes.sides[-1], patch_cells(model), settings.seed)
+            # Steps of one sigma refine one another, so they see the same windows.
+            offsets = [offsets[schedule.index(sigma)] for sigma in schedule[:-1]]
         return Facts(
             tuple(latent.shape), schedule, original, leaf_strengths, leaf_strengths.unique(), eased(leaf_strengths, ease, WRAPS[settings.wrap]).to(latent.device),
             sizes, cost_of, full_grid(*size, sizes, cost_of), offsets)

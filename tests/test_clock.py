@@ -18,6 +18,25 @@ def test_a_repeated_sigma_counts_at_its_first_place():
     assert [progress_at(sigma, (1.0, 0.5, 0.5, 0.5, 0.0)) for sigma in (1.0, 0.75, 0.5, 0.25)] == [0.0, 0.125, 0.25, 0.875]
 
 
+@pytest.mark.parametrize("sigmas, begins", [
+    ((1.0, 0.5, 0.5, 0.5, 0.0), [0.0, 0.25, 0.5, 0.75]), ((1.0, 1.0, 0.5, 0.0), [0.0, 1 / 3, 2 / 3]), ((0.0, 1.0, 0.5, 0.5, 0.0), [0.0, 0.0, 1 / 3, 2 / 3]),
+])
+@pytest.mark.parametrize("calls_back", [True, False])
+def test_steps_of_a_repeated_sigma_are_steps_like_all_others(sigmas, begins, calls_back):
+    clock, found = Clock(sigmas, falling_part(sigmas)), []
+    for step, sigma in enumerate(sigmas[:-1]):
+        found.append(clock.call(sigma, ANYTHING))
+        if calls_back:
+            clock.callback(step, len(sigmas) - 1)
+    assert found == pytest.approx(begins) and clock.at_end
+
+
+@pytest.mark.parametrize("part, begins", [((1.0, 0.5, 0.5), [0, 0.25]), ((0.5, 0.5, 0.0), [0.5, 0.75]), ((0.5, 0.0), [0.75])])
+def test_a_part_of_a_schedule_with_a_repeated_sigma_has_its_own_steps(part, begins):
+    clock = Clock(part, (1.0, 0.5, 0.5, 0.5, 0.0))
+    assert [clock.call(sigma, ANYTHING) for sigma in part[:-1]] == begins
+
+
 def test_a_sigma_that_was_rounded_on_its_way_is_still_that_step():
     sigmas = tuple(torch.linspace(1, 0, 21, dtype=torch.float64).tolist())
     assert [progress_at(float(torch.tensor(sigma, dtype=torch.float32)), sigmas) for sigma in sigmas[:-1]] == [step / 20 for step in range(20)]

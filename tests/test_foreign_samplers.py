@@ -355,6 +355,19 @@ def test_a_0_in_front_of_the_sigmas_takes_no_step_from_a_leaf(name, tell, functi
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "heun"])
+@pytest.mark.parametrize("repeated", [[0, 1, 2], [2, 3, 4], [5, 6, 7], [1, 2, 5, 6]], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 0.95])
+@every_family
+def test_steps_that_repeat_a_sigma_are_steps_of_every_leaf(name, factor, repeated, sampler):
+    model, seen = load(name), []
+    sigmas = sigmas_of(model)
+    for step in repeated[1:]:
+        sigmas[step] = sigmas[step - 1] if step - 1 in repeated else sigmas[step]
+    sampled(model, leaves(model), telling(sampler, lambda sigma: factor, seen), sigmas)
+    assert_every_leaf_has_its_steps(model, seen)
+
+
 def test_a_sampler_that_is_resampled_from_a_lower_sigma_begins_at_the_largest():
     """Rising to the largest, then falling: a leaf of half is sampled in the last two of four steps that fall."""
     model, seen = load("sd15"), []

@@ -10,12 +10,16 @@ import comfy.latent_formats
 import comfy.ldm.common_dit
 import comfy.model_patcher
 import comfy.ops
+import pytest
 import torch
-from comfy_extras.nodes_model_patch import (
-    AnimaLLLiteApply, QwenImageBlockWiseControlNet, QwenImageDiffsynthControlnet, SUPIRApply, WanUni3CCnetPatch, ZImageControlPatch)
+from comfy_extras.nodes_model_patch import QwenImageBlockWiseControlNet, QwenImageDiffsynthControlnet, SUPIRApply, ZImageControlPatch
+from hosts import needs, of_host
 from tiny_controls import CPU, EchoVAE, spread
 from tiny_models import Call
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+AnimaLLLiteApply = of_host("comfy_extras.nodes_model_patch", "AnimaLLLiteApply")
+WanUni3CCnetPatch = of_host("comfy_extras.nodes_model_patch", "WanUni3CCnetPatch")
 
 
 class Echo(torch.nn.Module):
@@ -202,3 +206,9 @@ ECHOES = {
     "SUPIR": ("sdxl", with_supir, of_supir),
     "Anima LLLite": ("qwen_image", with_lllite, of_lllite),
 }
+NEEDED = {"Uni3C": needs("WanUni3CCnetPatch", WanUni3CCnetPatch), "Anima LLLite": needs("AnimaLLLiteApply", AnimaLLLiteApply)}
+
+
+def kinds(*names: str) -> list:
+    """The families of these names, all where none is given, as a test's parameters: those that this host lacks are skipped."""
+    return [pytest.param(name, marks=NEEDED.get(name, ()), id=name) for name in names or ECHOES]

@@ -464,7 +464,7 @@ def test_the_hint_of_an_area_covers_the_area_on_a_ring(area, tiling):
 
 
 @every_batching
-@pytest.mark.parametrize("kind", echo_patches.ECHOES)
+@pytest.mark.parametrize("kind", echo_patches.kinds())
 def test_pictures_of_model_patches_go_on_over_the_border(kind, tiling):
     name, put_on, read = echo_patches.ECHOES[kind]
     model, size = load(name), control.sizes_px(name)

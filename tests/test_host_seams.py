@@ -1,0 +1,319 @@
+"""All that the pack uses of the host beyond its public node API, in one table. What has moved is told in a sentence."""
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import autoencoders
+import comfy.hooks
+import comfy.patcher_extension
+import pytest
+import tiny_controls
+from comfyui_version import __version__
+from sampling import load, sample
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted(path for path in ROOT.glob("*.py") if path.name != "run.py")
+HOST_MODULES = ("comfy", "comfy_extras", "comfy_execution", "server", "nodes", "execution", "folder_paths", "latent_preview", "node_helpers")
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One name of the host. files: of the pack, that use it. takes: how it is called, as positions and names, where it is called.
+
+    has: what is used of it besides. optional: the pack does without it where there is none.
+    """
+
+    name: str
+    files: str
+    takes: tuple[int, tuple[str, ...]] | None = None
+    has: str = ""
+    optional: bool = False
+
+
+def call(positions: int, *names: str) -> tuple[int, tuple[str, ...]]:
+    return positions, names
+
+
+SEAMS = [
+    Seam("comfy.conds.CONDConstant", "conditioning", has="process_cond can_concat concat _copy_with"),
+    Seam("comfy.conds.CONDList", "conditioning", has="process_cond can_concat concat _copy_with"),
+    Seam("comfy.conds.CONDRegular", "conditioning", has="process_cond can_concat concat _copy_with"),
+    Seam("comfy.conds.CONDRegular.process_cond", "conditioning", call(1, "batch_size", "area")),
+    Seam("comfy.conds.CONDRegular._copy_with", "conditioning", call(2)),
+    Seam("comfy.controlnet.ControlBase", "control", has="pre_run cleanup copy_to get_models set_cond_hint set_previous_controlnet get_extra_hooks inference_memory_requirements"),
+    Seam("comfy.controlnet.__name__", "control"),
+    Seam("comfy.controlnet.ControlNet.get_control", "control", call(6)),
+    Seam("comfy.controlnet.T2IAdapter", "control", has="get_control"),
+    Seam("comfy.controlnet.T2IAdapter.get_control", "control", call(6)),
+    Seam("comfy.hooks.EnumHookType.TransformerOptions", "patches"),
+    Seam("comfy.hooks.HookGroup", "control patches"),
+    Seam("comfy.latent_formats.LatentFormat", "control patches", has="spacial_downscale_ratio latent_channels"),
+    Seam("comfy.ldm.models.autoencoder.AutoencodingEngine", "decoders", has="decode"),
+    Seam("comfy.ldm.modules.diffusionmodules.model.AttnBlock", "decoders", has="forward"),
+    Seam("comfy.ldm.modules.diffusionmodules.model.Decoder", "decoders", has="forward"),
+    Seam("comfy.ldm.modules.diffusionmodules.model.ResnetBlock", "decoders", has="forward"),
+    Seam("comfy.ldm.wan.vae.AttentionBlock", "decoders"),
+    Seam("comfy.ldm.wan.vae.Resample", "decoders"),
+    Seam("comfy.ldm.wan.vae.ResidualBlock", "decoders"),
+    Seam("comfy.ldm.wan.vae.WanVAE", "decoders"),
+    Seam("comfy.model_management.OOM_EXCEPTION", "tiled_diffusion watch"),
+    Seam("comfy.model_management.cuda_device_context", "decode", call(1), optional=True),
+    Seam("comfy.model_management.get_free_memory", "model_facts piecewise", call(1)),
+    Seam("comfy.model_management.load_models_gpu", "control decode", call(1, "memory_required", "force_full_load")),
+    Seam("comfy.model_management.loaded_models", "control", call(0, "only_currently_used")),
+    Seam("comfy.model_management.raise_non_oom", "decode piecewise", call(1)),
+    Seam("comfy.model_management.soft_empty_cache", "decode piecewise tiled_diffusion", call(0)),
+    Seam("comfy.model_management.throw_exception_if_processing_interrupted", "piecewise tiled_diffusion", call(0)),
+    Seam("comfy.model_patcher.ModelPatcher", "control patches", has="clone add_wrapper_with_key remove_wrappers_with_key get_free_memory"),
+    Seam("comfy.model_patcher.ModelPatcher.add_wrapper_with_key", "tiled_diffusion", call(4)),
+    Seam("comfy.model_patcher.ModelPatcher.remove_wrappers_with_key", "tiled_diffusion", call(3)),
+    Seam("comfy.model_base.BaseModel.memory_required", "model_facts", call(2, "cond_shapes")),
+    Seam("comfy.model_base.BaseModel.extra_conds", "conditioning", call(1, "noise", "device", "area")),
+    Seam("comfy.model_base.BaseModel.process_latent_in", "outcome sampling_run", call(2)),
+    Seam("comfy.ops.cast_bias_weight", "piecewise", call(2, "offloadable")),
+    Seam("comfy.ops.uncast_bias_weight", "piecewise", call(4)),
+    Seam("comfy.patcher_extension.WrappersMP", "foreign tiled_diffusion watch", has="APPLY_MODEL CALC_COND_BATCH DIFFUSION_MODEL OUTER_SAMPLE PREDICT_NOISE PREPARE_SAMPLING SAMPLER_SAMPLE"),
+    Seam("comfy.samplers.__file__", "foreign"),
+    Seam("comfy.samplers.get_area_and_mult", "conditioning", call(3)),
+    Seam("comfy.samplers.resolve_areas_and_cond_masks_multidim", "prompts", call(3)),
+    Seam("comfy.sd.CLIP", "control patches"),
+    Seam("comfy.sd.VAE", "control decode patches", has=(
+        "decode encode spacial_compression_decode spacial_compression_encode temporal_compression_decode throw_exception_if_invalid vae_output_dtype")),
+    Seam("comfy.taesd.taesd.Block", "decoders"),
+    Seam("comfy.taesd.taesd.Clamp", "decoders"),
+    Seam("comfy.taesd.taesd.DecoderFlux2", "decoders", optional=True),
+    Seam("comfy.taesd.taesd.TAESD", "decoders"),
+    Seam("comfy.utils.ProgressBar", "decode", call(1), has="update_absolute"),
+    Seam("comfy.utils.ProgressBar.update_absolute", "decode", call(3)),
+    Seam("comfy.utils.common_upscale", "canvas masks nodes prompts", call(5)),
+    Seam("comfy.utils.repeat_to_batch_size", "canvas conditioning masks patches sampling_run", call(2)),
+]
+
+# What is used of the host's objects: what the object is, how a test gets one, and by name of the attribute the files that use it.
+OBJECTS = {
+    "a loaded model's patcher": (lambda: load("flux_dev").patcher, {
+        "injections": "foreign", "model": "model_facts tiled_diffusion", "model_options": "model_facts tiled_diffusion",
+        "object_patches": "foreign", "wrappers": "tiled_diffusion"}),
+    "a model": (lambda: load("flux_dev").patcher.model, {
+        "diffusion_model": "conditioning model_facts", "latent_format": "sampling_run tiled_diffusion"}),
+    "FLUX's network": (lambda: load("flux_dev").patcher.model.diffusion_model, {"hidden_size": "model_facts", "patch_size": "model_facts"}),
+    "SD3's network": (lambda: load("sd3").patcher.model.diffusion_model.x_embedder, {"patch_size": "model_facts"}),
+    "LTX-Video's network": (lambda: load("ltxv").patcher.model.diffusion_model, {"patchifier": "model_facts", "vae_scale_factors": "conditioning"}),
+    "a UNet": (lambda: load("sd15").patcher.model.diffusion_model, {"model_channels": "model_facts"}),
+    "Wan's network": (lambda: load("wan21_t2v").patcher.model.diffusion_model, {"dim": "model_facts", "patch_size": "model_facts"}),
+    "Qwen-Image's network": (lambda: load("qwen_image").patcher.model.diffusion_model, {"inner_dim": "model_facts", "patch_size": "model_facts"}),
+    "a ControlNet": (tiny_controls.sd15_controlnet, {
+        "compression_ratio": "control", "cond_hint": "control", "cond_hint_original": "control", "extra_concat": "control", "extra_concat_orig": "control",
+        "preprocess_image": "control", "previous_controlnet": "control", "upscale_algorithm": "control", "vae": "control"}),
+    "a T2I adapter": (tiny_controls.t2i_adapter, {"control_input": "control", "t2i_model": "control"}),
+    "a VAE": (lambda: autoencoders.kl(4), {
+        "device": "decode", "disable_offload": "decode", "extra_1d_channel": "decode", "first_stage_model": "decode", "latent_channels": "decode", "latent_dim": "decode",
+        "memory_used_decode": "decode", "output_channels": "decode", "output_device": "decode", "patcher": "decode", "process_output": "decode", "upscale_ratio": "decode", "vae_dtype": "decode"}),
+    "an AutoencoderKL's decoder": (lambda: autoencoders.kl(4).first_stage_model.decoder, {"conv_in": "decoders", "conv_out": "decoders", "mid": "decoders", "norm_out": "decoders", "up": "decoders"}),
+    "its attention": (lambda: autoencoders.kl(4).first_stage_model.decoder.mid.attn_1, {
+        "in_channels": "decoders", "k": "decoders", "norm": "decoders", "optimized_attention": "decoders", "proj_out": "decoders", "q": "decoders", "v": "decoders"}),
+    "its blocks": (lambda: autoencoders.kl(4).first_stage_model.decoder.mid.block_1, {
+        "conv1": "decoders", "conv2": "decoders", "norm1": "decoders", "norm2": "decoders"}),
+    "a tiny autoencoder": (lambda: autoencoders.tiny(4).first_stage_model, {"taesd_decoder": "decoders", "vae_scale": "decoders", "vae_shift": "decoders"}),
+    "Wan's VAE": (lambda: autoencoders.wan().first_stage_model, {"conv2": "decoders", "decoder": "decoders"}),
+    "its decoder": (lambda: autoencoders.wan().first_stage_model.decoder, {"conv1": "decoders", "head": "decoders", "middle": "decoders", "upsamples": "decoders"}),
+    "a hook": (lambda: comfy.hooks.TransformerOptionsHook(), {"hook_type": "patches", "transformers_dict": "foreign"}),
+    "a hook group": (comfy.hooks.HookGroup, {"hooks": "foreign patches"}),
+}
+
+# The wrappers that are put on a model: how many arguments they are given at least, the class that asks, what is used of that object.
+WRAPPERS = {
+    "OUTER_SAMPLE": (4, "CFGGuider", ("model_patcher", "model_options", "conds")),
+    "PREPARE_SAMPLING": (3, None, ()),
+    "SAMPLER_SAMPLE": (6, "KSAMPLER", ("sampler_function", "extra_options")),
+    "CALC_COND_BATCH": (5, None, ()),
+    "PREDICT_NOISE": (3, "CFGGuider", ()),
+    "APPLY_MODEL": (2, "Flux", ()),
+    "DIFFUSION_MODEL": (2, "Flux", ()),
+}
+
+# What lies in transformer_options when a batch of rows is evaluated.
+OPTIONS = {"cond_or_uncond": "patches watch", "sample_sigmas": "patches", "sigmas": "patches", "uuids": "patches", "wrappers": "patches tiled_diffusion watch"}
+
+# Lines of the host's server; importing that would start half of it.
+SERVER = {
+    r"PromptServer\.instance = self": "preview", r"self\.app = web\.Application\(": "preview", r"self\.routes = routes": "preview",
+    r"self\.client_id = None": "preview", r"def send_sync\(self, event, data, sid=None\)": "preview"}
+
+
+def told(seam: str, what: str, files: str) -> str:
+    """What has moved, in a sentence for whoever mends it."""
+    return f"{seam}: {what} on this host, ComfyUI {__version__}. It is used by {', '.join(f'{name}.py' for name in files.split())}."
+
+
+def resolved(name: str):
+    """What a dotted name stands for: modules as far as there are any, then attributes. Raises AttributeError."""
+    parts, found = name.split("."), None
+    for count in range(1, len(parts) + 1):
+        try:
+            found, rest = importlib.import_module(".".join(parts[:count])), parts[count:]
+        except ModuleNotFoundError:
+            break
+    for part in rest:
+        found = getattr(found, part)
+    return found
+
+
+def problem_of(seam: Seam) -> str | None:
+    """What is wrong with a seam of this host, in a sentence."""
+    try:
+        found = resolved(seam.name)
+    except AttributeError:
+        return None if seam.optional else told(seam.name, "expected to be there, but it is gone", seam.files)
+    missing = [name for name in seam.has.split() if not hasattr(found, name)]
+    if missing:
+        return told(seam.name, f"expected to have {', '.join(missing)}, but it has not", seam.files)
+    if seam.takes is not None:
+        positions, names = seam.takes
+        try:
+            inspect.signature(found).bind(*[None] * positions, **dict.fromkeys(names))
+        except TypeError as error:
+            shape = ", ".join([f"{positions} arguments", *names]) if names else f"{positions} arguments"
+            return told(seam.name, f"expected to take {shape}, but it is {inspect.signature(found)} ({error})", seam.files)
+    return None
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.name)
+def test_the_host_has_what_the_pack_uses(seam):
+    assert problem_of(seam) is None
+
+
+@pytest.mark.parametrize("what", OBJECTS)
+def test_the_hosts_objects_have_what_the_pack_uses(what):
+    make, attributes = OBJECTS[what]
+    made = make()
+    missing = [told(f"{what} ({type(made).__name__})", f"expected to have {name}, but it has not", files) for name, files in attributes.items() if not hasattr(made, name)]
+    assert missing == []
+
+
+@pytest.fixture(scope="module")
+def asked() -> dict[str, tuple]:
+    """What each kind of wrapper was given in a run of the host's sampler: the object that asks, and the arguments."""
+    model, found = load("flux_dev"), {}
+    patcher = model.patcher.clone()
+    for name in WRAPPERS:
+        def record(executor, *args, name=name, **kwargs):
+            owner = executor.class_obj
+            found.setdefault(name, (type(owner).__name__ if owner is not None else None, owner if owner is None else set(dir(owner)), args, kwargs))
+            return executor(*args, **kwargs)
+        patcher.add_wrapper_with_key(getattr(comfy.patcher_extension.WrappersMP, name), "seams", record)
+    sample(model, patcher, size=(64, 64), steps=2, cfg=4.0)
+    return found
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_are_called_as_the_pack_takes_it(name, asked):
+    least, owner, attributes = WRAPPERS[name]
+    files = "tiled_diffusion patches watch"
+    assert name in asked, told(f"WrappersMP.{name}", "expected to be called while sampling, but it is not", files)
+    kind, has, args, _ = asked[name]
+    assert len(args) >= least, told(f"WrappersMP.{name}", f"expected at least {least} arguments in order, but it is given {len(args)}", files)
+    if owner is not None:
+        assert kind == owner, told(f"WrappersMP.{name}", f"expected to be asked by a {owner}, but a {kind} asks", files)
+    assert set(attributes) <= (has or set()), told(f"WrappersMP.{name}", f"expected the object that asks to have {attributes}", files)
+
+
+def test_options_have_the_keys_that_the_pack_reads(asked):
+    _, _, args, kwargs = asked["APPLY_MODEL"]
+    options = next(value for value in (*args, *kwargs.values()) if isinstance(value, dict) and "cond_or_uncond" in value)
+    missing = [told(f"transformer_options[{key!r}]", "expected to be there when a batch is evaluated, but it is not", files) for key, files in OPTIONS.items() if key not in options]
+    assert missing == []
+    _, _, (model, conds, x, sigma, model_options), _ = asked["CALC_COND_BATCH"]
+    assert {"model_conds", "uuid"} <= conds[0][0].keys() and tuple(sigma.shape) == (x.shape[0],) and "transformer_options" in model_options
+
+
+def test_the_server_has_what_the_pack_uses(comfyui_dir):
+    text = (comfyui_dir / "server.py").read_text("utf-8")
+    missing = [told("server.py", f"expected a line like {line!r}, but there is none", files) for line, files in SERVER.items() if not re.search(line, text)]
+    assert missing == []
+
+
+def host_names(path: Path) -> dict[str, int]:
+    """The host's names that a file uses, except those of its node API, and the line of each: imports and attributes of what is imported."""
+    tree, known, found = ast.parse(path.read_text("utf-8")), {}, {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            known |= {alias.asname or alias.name.partition(".")[0]: alias.name if alias.asname else alias.name.partition(".")[0] for alias in node.names if is_hosts(alias.name)}
+        elif isinstance(node, ast.ImportFrom) and not node.level and is_hosts(node.module):
+            known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        name = full_name(node, known) if isinstance(node, (ast.Attribute, ast.Name)) and id(node) not in inner else None
+        if name is None and isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" and isinstance(node.args[1], ast.Constant):
+            owner = full_name(node.args[0], known)
+            name = owner and f"{owner}.{node.args[1].value}"
+        if name is not None and not isinstance(safely(name), types.ModuleType):
+            found.setdefault(name, node.lineno)
+    return found
+
+
+def is_hosts(module: str) -> bool:
+    return module.partition(".")[0] in HOST_MODULES
+
+
+def full_name(node: ast.AST, known: dict[str, str]) -> str | None:
+    if isinstance(node, ast.Attribute):
+        owner = full_name(node.value, known)
+        return owner and f"{owner}.{node.attr}"
+    return known.get(node.id) if isinstance(node, ast.Name) else None
+
+
+def safely(name: str):
+    try:
+        return resolved(name)
+    except AttributeError:
+        return None
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_all_that_a_file_uses_of_the_host_is_in_the_table(path):
+    listed = {name for seam in SEAMS if path.stem in seam.files.split() for name in (seam.name, *(f"{seam.name}.{part}" for part in seam.has.split()))}
+    without = [
+        f"{path.name}, line {line}: {name} is the host's, and not in the table of tests/test_host_seams.py for {path.stem}."
+        for name, line in host_names(path).items() if name not in listed]
+    assert without == []
+
+
+def test_what_is_listed_is_used_by_the_files_that_are_named():
+    texts = {path.stem: path.read_text("utf-8") for path in SHIPPED}
+    named = [(seam.name, file) for seam in SEAMS for file in seam.files.split()]
+    named += [(name, file) for _, attributes in OBJECTS.values() for name, files in attributes.items() for file in files.split()]
+    named += [(name, file) for name, files in OPTIONS.items() for file in files.split()]
+    assert [(name, file) for name, file in named if not re.search(rf"\b{name.rpartition('.')[2]}\b", texts[file])] == []
+
+
+@pytest.mark.parametrize(
+    "seam, sentence",
+    [
+        (Seam("comfy.utils.no_such_scale", "canvas"), "comfy.utils.no_such_scale: expected to be there, but it is gone on this host, ComfyUI {}. It is used by canvas.py."),
+        (Seam("comfy.sd.VAE", "decode", has="decode levitate"), "comfy.sd.VAE: expected to have levitate, but it has not on this host, ComfyUI {}. It is used by decode.py."),
+    ],
+)
+def test_what_is_gone_is_told_in_a_sentence(seam, sentence):
+    assert problem_of(seam) == sentence.format(__version__)
+
+
+def test_other_arguments_are_told_with_those_that_there_are():
+    problem = problem_of(Seam("comfy.utils.repeat_to_batch_size", "canvas masks", call(2, "gently")))
+    assert problem.startswith("comfy.utils.repeat_to_batch_size: expected to take 2 arguments, gently, but it is (")
+    assert problem.endswith("It is used by canvas.py, masks.py.")
+
+
+def test_what_a_file_would_use_is_found_in_all_its_spellings(tmp_path):
+    file = tmp_path / "file.py"
+    file.write_text(
+        "import comfy.utils\nimport comfy.taesd.taesd as tiny\nfrom comfy.patcher_extension import WrappersMP as Kinds\nfrom comfy_api.latest import io\n"
+        "comfy.utils.lcm(tiny.Block, Kinds.APPLY_MODEL)\nio.Schema()\ngetattr(comfy.utils, 'vanished', None)\n")
+    assert host_names(file) == {
+        "comfy.utils.lcm": 5, "comfy.taesd.taesd.Block": 5, "comfy.patcher_extension.WrappersMP.APPLY_MODEL": 5, "comfy.utils.vanished": 7}

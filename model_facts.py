@@ -1,6 +1,7 @@
 """What is the host's model: its patch, and the price and the memory of a window?"""
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
@@ -79,6 +80,22 @@ def _asked_memory(model, conds, x, rects, canvas) -> int:
         for key, cond in entry["model_conds"].items():
             # The host repeats a conditioning to x's rows before it asks.
             shapes.setdefault(key, []).append([x.shape[0], *cond.size()[1:]])
-    needed = model.memory_required([rows, *x.shape[1:-2], rects[0].height, rects[0].width], cond_shapes=shapes) * 1.5
+    needed = _memory_required(model, [rows, *x.shape[1:-2], rects[0].height, rects[0].width], shapes) * 1.5
     # Without what the host could free by moving weights out: more windows at once are not worth that.
     return max(1, int(comfy.model_management.get_free_memory(x.device) // max(needed, 1)))
+
+
+def _memory_required(model, shape: list[int], cond_shapes: dict) -> float:
+    """The host's estimate, asked of whom the host asks.
+
+    Hosts up to 0.30 ask the model. Newer ones have attention chosen for each patcher, which tells the model by
+    `memory_efficient_attention`, or is asked itself.
+    """
+    patcher = model.current_patcher
+    profile = getattr(patcher, "model_options", {}).get("optimized_attention_memory_efficient")
+    known = {"cond_shapes": cond_shapes} | ({} if profile is None else {"memory_efficient_attention": profile})
+    for holder in (patcher, model):
+        takes = inspect.signature(holder.memory_required).parameters if hasattr(holder, "memory_required") else {}
+        if "cond_shapes" in takes:
+            break
+    return holder.memory_required(shape, **{name: value for name, value in known.items() if name in takes})

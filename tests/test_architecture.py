@@ -82,6 +82,7 @@ def test_no_file_of_the_pack_is_longer_than_400_lines(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
+@pytest.mark.short
 def test_importing_and_loading_the_pack_changes_no_function_of_the_host():
     import asyncio
 

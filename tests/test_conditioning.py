@@ -1,6 +1,8 @@
 """Conditionings in windows: what an echo of the model was given adds up to what the host gives it for the whole picture."""
 from __future__ import annotations
 
+import inspect
+
 import comfy.conds
 import comfy.hooks
 import comfy.model_patcher
@@ -11,11 +13,14 @@ import tiny_controls as controls
 from comfy_extras.nodes_hooks import ConditioningSetDefaultAndCombine
 from comfy_extras.nodes_lt import LTXVAddGuide
 from comfy_extras.nodes_video_model import ConditioningSetAreaPercentageVideo
+from hosts import needs, of_host
 from nodes import (
     ConditioningSetArea, ConditioningSetAreaPercentage, ConditioningSetAreaStrength, ConditioningSetMask, ConditioningSetTimestepRange)
 from seen import HEIGHT_PX, WIDTH_PX, assert_windows_are_their_parts_alone, assert_windows_see_their_part, denoised, every_batching, tiled
 from tiny_controls import picture, spread
 from tiny_models import TOKENS, UNET, Call, Family, TinyModel, build, drawer, load, seeded_weights, with_prediction
+
+GUIDES_HAVE_MASKS = "attention_mask" in inspect.signature(LTXVAddGuide.execute).parameters
 
 
 def prompt(name: str, *values: float) -> list:
@@ -424,20 +429,21 @@ class GuideVAE:
 
 @pytest.mark.parametrize("windows", [1, 4])
 @pytest.mark.parametrize("guide", [
-    dict(frames=1), dict(frames=9), dict(frames=1, factor=2), dict(frames=9, masked=True), dict(frames=1, factor=2, masked=True)], ids=str)
+    dict(frames=1), dict(frames=9), *(pytest.param(guide, marks=needs("guides with masks and scales of their own", GUIDES_HAVE_MASKS)) for guide in (
+        dict(frames=1, factor=2), dict(frames=9, masked=True), dict(frames=1, factor=2, masked=True)))], ids=str)
 def test_guides_of_a_video_belong_to_their_place(guide, windows):
     """LTXVAddGuide appends frames to the latent, and lists every token of theirs."""
     model, frames = load("ltxv"), guide["frames"]
     image = torch.cat([picture(512, 512, seed=seed) for seed in range(frames)])
     mask = picture(512, 512, seed=20)[..., 0] if guide.get("masked") else None
-    parameters = {"reference_downscale_factor": guide.get("factor", 1)}
+    parameters = {"iclora_parameters": {"reference_downscale_factor": guide["factor"]}} if "factor" in guide else {}
 
     def guided(cells, px) -> tuple:
         conds = model.positive(512, 512), model.negative(512, 512)
         part = (slice(None), *px[1:]) if px is not ... else ...
         node = LTXVAddGuide.execute(
-            *conds, GuideVAE(), {"samples": model.latent(512, 512)[cells]}, image[part], 0, 0.7, attention_mask=None if mask is None else mask[part],
-            iclora_parameters=parameters)
+            *conds, GuideVAE(), {"samples": model.latent(512, 512)[cells]}, image[part], 0, 0.7, **parameters,
+            **({} if mask is None else {"attention_mask": mask[part]}))
         return node.result
     latent = guided(..., ...)[2]
     assert_windows_are_their_parts_alone(
@@ -489,6 +495,7 @@ def hidream_o1() -> TinyModel:
     return tiny("hidream_o1", supported.HiDreamO1, sizes)
 
 
+@needs("HiDream-O1", of_host("comfy.supported_models", "HiDreamO1"))
 @pytest.mark.parametrize("references", [0, 1])
 def test_hidream_o1_lists_the_tokens_of_the_window(references):
     model = hidream_o1()

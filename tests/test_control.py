@@ -1,6 +1,7 @@
 """Controls in windows: an echo of a control's hint adds up to what the host gives it for the whole picture."""
 from __future__ import annotations
 
+import comfy.controlnet
 import comfy.latent_formats
 import echo_patches
 import pytest
@@ -8,6 +9,7 @@ import tiny_controls as controls
 import torch
 from comfy_extras.nodes_controlnet import ControlNetInpaintingAliMamaApply
 from comfy_extras.nodes_model_patch import QwenImageDiffsynthControlnet, ZImageFunControlnet
+from hosts import needs
 from nodes import ConditioningSetArea, ConditioningSetMask, ConditioningSetTimestepRange, ControlNetApply, ControlNetApplyAdvanced
 from seen import HEIGHT_PX, WIDTH_PX, assert_windows_see_their_part, denoised, every_batching, tiled
 from tiny_controls import EchoVAE, echo_adapter, echo_control, echoed, picture
@@ -215,6 +217,7 @@ def test_the_users_control_is_not_changed(kind):
     assert all(vars(control)[name] is value for name, value in before.items())
 
 
+@needs("controls for several devices", hasattr(comfy.controlnet.ControlBase, "deepclone_multigpu"))
 def test_each_device_has_its_windows():
     from qtd_pack.canvas import Canvas
     from qtd_pack.control import cut_control

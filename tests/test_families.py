@@ -34,7 +34,8 @@ COSTS = {
 }
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
-every_method = pytest.mark.parametrize("method", METHODS)
+first, *others = METHODS
+every_method = pytest.mark.parametrize("method", [pytest.param(first, marks=pytest.mark.short), *others])
 
 
 def size_px(name: str, canvases=CANVASES) -> tuple[int, int]:

@@ -17,6 +17,8 @@ import tiny_controls
 from comfyui_version import __version__
 from sampling import load, sample
 
+pytestmark = pytest.mark.short
+
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted(path for path in ROOT.glob("*.py") if path.name != "run.py")
 HOST_MODULES = ("comfy", "comfy_extras", "comfy_execution", "server", "nodes", "execution", "folder_paths", "latent_preview", "node_helpers")
@@ -101,7 +103,7 @@ OBJECTS = {
         "injections": "foreign", "model": "model_facts tiled_diffusion", "model_options": "model_facts tiled_diffusion",
         "object_patches": "foreign", "wrappers": "tiled_diffusion"}),
     "a model": (lambda: load("flux_dev").patcher.model, {
-        "diffusion_model": "conditioning model_facts", "latent_format": "sampling_run tiled_diffusion"}),
+        "current_patcher": "model_facts", "diffusion_model": "conditioning model_facts", "latent_format": "sampling_run tiled_diffusion"}),
     "FLUX's network": (lambda: load("flux_dev").patcher.model.diffusion_model, {"hidden_size": "model_facts", "patch_size": "model_facts"}),
     "SD3's network": (lambda: load("sd3").patcher.model.diffusion_model.x_embedder, {"patch_size": "model_facts"}),
     "LTX-Video's network": (lambda: load("ltxv").patcher.model.diffusion_model, {"patchifier": "model_facts", "vae_scale_factors": "conditioning"}),

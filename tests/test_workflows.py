@@ -57,6 +57,7 @@ def api_graph(name: str, object_info: dict) -> dict:
     return convert_ui_to_api(workflow(name), object_info)
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_a_workflow_has_only_nodes_of_the_host_and_of_the_pack(name, object_info):
     types = {node["type"] for node in workflow(name)["nodes"]} - {"MarkdownNote"}
@@ -119,6 +120,7 @@ def broken_nodes(frontend) -> list[str]:
         "app.graph.nodes.filter(node => !(node.type in LiteGraph.registered_node_types) || node.has_errors).map(node => node.type)")
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_a_workflow_runs_with_small_models_and_keeps_what_its_leaves_keep(name, server, object_info):
     give_pictures(server.base / "input")

@@ -17,6 +17,7 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models as supported
 import torch
+from comfy.ldm.chroma_radiance.model import ChromaRadianceParams
 from comfy.patcher_extension import WrappersMP
 
 TOKENS = 64
@@ -257,8 +258,8 @@ del CHROMA["guidance_embed"]
 RADIANCE = CHROMA | dict(
     image_model="chroma_radiance", in_channels=3, out_channels=3, patch_size=16, nerf_hidden_size=16,
     nerf_mlp_ratio=2, nerf_depth=1, nerf_max_freqs=4, nerf_tile_size=512, nerf_final_head_type="conv",
-    nerf_embedder_dtype=torch.float32, use_x0=False, use_sequential_txt_ids=False,
-)
+    nerf_embedder_dtype=torch.float32,
+) | {name: False for name in ("use_x0", "use_sequential_txt_ids") if name in ChromaRadianceParams.__dataclass_fields__}  # older hosts lack the last
 UNET = dict(
     image_size=32, use_checkpoint=False, use_spatial_transformer=True, legacy=False, in_channels=4, out_channels=4,
     model_channels=32, num_res_blocks=[2, 2, 2], channel_mult=[1, 2, 4], transformer_depth=[0, 0, 0, 1, 0, 0],

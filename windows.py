@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .cover import BLOCK, Axis, Part, cuts_cover, quadtree_cover
+from .cover import BLOCK, Axis, Cover, Part, cuts_cover, quadtree_cover
 from .utils import Rect
 
 # As tight as what is active, or squares of a few sizes.
@@ -119,13 +119,16 @@ def plan_windows(active: torch.Tensor, sizes: WindowSizes, cost: WindowCost, off
     axes = [_axis(length, ring, sizes, cost.patch, sizes.sides[0]) for length, ring in zip(active.shape, sizes.wraps)]
     prices = torch.full([len(axis.lengths) + 1 for axis in axes], math.inf, dtype=torch.float64)
     prices[:-1, :-1] = torch.tensor([[cost.of(height, width) for width in axes[1].lengths] for height in axes[0].lengths])
-    cover = quadtree_cover(active, axes, prices, cost.patch, sizes.sides[-1] // sizes.sides[0], offset)
+    covers = [(axes, quadtree_cover(active, axes, prices, cost.patch, sizes.sides[-1] // sizes.sides[0], offset))]
+    if offset is None and any(sizes.wraps) and len(sizes.sides) > 1:
+        # Squares that halve a ring are none of the quadtree's; two windows as long as the ring may cost less than many small ones.
+        halves = [_axis(axis.length, axis.is_ring, sizes, cost.patch, sizes.sides[-1]) for axis in axes]
+        covers.append((halves, quadtree_cover(active, halves, prices, cost.patch, 1, None)))
     if sizes.step and offset is None:
         finer = [_axis(axis.length, axis.is_ring, sizes, cost.patch, _side_of_cuts(axis.length, sizes, cost.patch)) for axis in axes]
-        cut = cuts_cover(active, finer, prices, cost.patch)
-        # Sums in another order differ in the last bit.
-        axes, cover = (finer, cut) if cut.cost < cover.cost * (1 - 1e-9) else (axes, cover)
-    windows = [_window(part, axes, cost.patch) for part in cover.parts]
+        covers.append((finer, cuts_cover(active, finer, prices, cost.patch)))
+    axes, cover = _cheapest(covers)
+    windows = [_window(part, axes, cost.patch, sizes.overlap) for part in cover.parts]
     return TilePlan(*active.shape, tuple(windows), sum(cost.of(window.rect.height, window.rect.width) for window in windows))
 
 
@@ -140,6 +143,12 @@ def group_windows(windows: Sequence[Window], kind_of) -> list[tuple[Window, ...]
     for window in windows:
         groups.setdefault((window.rect.height, window.rect.width, kind_of(window)), []).append(window)
     return [tuple(group) for group in groups.values()]
+
+
+def _cheapest(covers: Sequence[tuple[Sequence[Axis], Cover]]) -> tuple[Sequence[Axis], Cover]:
+    """The first that no other one undercuts by more than the last bit, in which sums in another order differ."""
+    least = min(cover.cost for _, cover in covers)
+    return next((axes, cover) for axes, cover in covers if cover.cost <= least * (1 + 1e-9))
 
 
 def _axis(length: int, is_ring: bool, sizes: WindowSizes, patch: int, side: int) -> Axis:
@@ -160,12 +169,12 @@ def _side_of_cuts(length: int, sizes: WindowSizes, patch: int) -> int:
     return side
 
 
-def _window(part: Part, axes: Sequence[Axis], patch: int) -> Window:
+def _window(part: Part, axes: Sequence[Axis], patch: int, overlap: int) -> Window:
     """The window around what is active: it in the middle, on whole patches, inside the latent unless that is a ring."""
     spans = []
     for axis, start, end, fit, moved in zip(axes, part.box[:2], part.box[2:], part.fits, part.moved):
         end, size = min(-end, axis.length), axis.lengths[fit]
-        place = _place(start, end, size, patch, axis)
+        place = _place(start, end, size, patch, axis, overlap)
         # On a ring the place is the one index, 0 or below 0 over the border, from which the window's cells follow each other.
         at = (place - moved) % axis.length if axis.is_ring else place
         at -= axis.length if at + size > axis.length else 0
@@ -174,10 +183,12 @@ def _window(part: Part, axes: Sequence[Axis], patch: int) -> Window:
     return Window(Rect(top, left, bottom, right), Rect(rows[0], cols[0], rows[1], cols[1]))
 
 
-def _place(start: int, end: int, size: int, patch: int, axis: Axis) -> int:
+def _place(start: int, end: int, size: int, patch: int, axis: Axis, overlap: int) -> int:
     middle = (start + end - size) // 2 // patch * patch
     if axis.is_ring:
-        return max(middle, end + axis.overlap - size)
+        # One as long as the ring may have more around a part that is shorter than half of it.
+        around = max(axis.overlap, min(overlap, (size - (end - start)) // 2 // patch * patch))
+        return max(middle, end + around - size)
     if end + axis.overlap >= axis.length:
         return axis.length - size
     return min(max(middle, 0), axis.length - size)

@@ -30,6 +30,7 @@ FILE = Path(__file__).resolve().with_name("RELIABILITY.md")
 
 # Name to module.function, imported when it is run.
 PARTS: dict[str, str] = {
+    "fuzz": "fuzz.fuzz_part",
 }
 
 Row = tuple[str, int, str]

@@ -15,7 +15,8 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_hooks import ConditioningSetDefaultAndCombine
-from fuzzing import hold, pick
+from comfy_extras.nodes_video_model import ConditioningSetAreaPercentageVideo
+from fuzzing import Unproven, hold, pick
 from nodes import ConditioningSetArea, ConditioningSetAreaPercentage, ConditioningSetAreaStrength, ConditioningSetMask, ConditioningSetTimestepRange, ControlNetApplyAdvanced
 from tiny_controls import echo_control, echoed, picture, sd15_controlnet
 from tiny_models import FAMILIES, Call, drawer, load, with_prediction
@@ -76,7 +77,7 @@ def draw_run_case(seed: int) -> RunCase:
     draw = random.Random(seed)
     network = draw.random() < 0.15
     family = pick(draw, *FAMILIES) if network else pick(draw, *ECHOES)
-    most = 16 if network else 40
+    most = 16 if network or family in ("ltxv", "flux2") else 40
     max_window = 64 * pick(draw, 1, 1, 2, 2, 3, 4)
     conds = tuple(draw.sample(CONDS, pick(draw, 0, 0, 1, 2, 3))) if not network or family == "sd15" else ()
     levels = tuple(pick(draw, 0.0, 1.0, 0.5, draw.random()) for _ in range(draw.randint(1, 4)))
@@ -160,6 +161,12 @@ def _with_entry(scene: Scene, name: str, positive: list, negative: list, other: 
             return positive, negative
         control = sd15_controlnet() if scene.case.network else echo_control()
         return ControlNetApplyAdvanced().apply_controlnet(positive, negative, control, picture(height, width), draw.uniform(0.2, 1.5), *sorted((draw.random(), 1.0)))
+    is_video = scene.latent.ndim == 5
+    if name == "percent" and is_video:
+        sides = [draw.uniform(0.2, 1) for _ in range(3)] + [draw.uniform(0, 0.8) for _ in range(3)]
+        return positive + ConditioningSetAreaPercentageVideo().append(other, *sides, 1.0)[0], negative
+    if name == "bounds" and is_video:
+        return positive, negative  # the host finds none in frames
     if name == "default":
         return ConditioningSetDefaultAndCombine().set_default_and_combine(positive, other)[0], negative
     found = {
@@ -267,8 +274,8 @@ def check_run_case(case: RunCase) -> None:
     untouched = scene.given.clone()
     try:
         plain, _ = run(scene, None, predict)
-    except Exception:
-        return
+    except Exception as problem:
+        raise Unproven(str(problem)) from problem
     out, seen = run(scene, {}, predict)
     hold(torch.equal(scene.given, untouched), "the latent that came in is not changed")
     hold(out.shape == plain.shape, "the samples have the latent's shape")

@@ -4,6 +4,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -72,6 +73,15 @@ def synchronize() -> None:
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def with_section(results: str, section: str) -> str:
+    """The results with one section, from its heading to the next, in the place of what had that heading, or at the end."""
+    heading = section.partition("\n")[0]
+    before, found, after = results.partition(heading + "\n")
+    following = re.search(r"^## ", after, re.MULTILINE)
+    rest = after[following.start():] if following else ""
+    return f"{before.rstrip()}\n\n{section.rstrip()}\n" + (f"\n{rest}" if rest else "")
 
 
 def milliseconds(seconds: float) -> str:

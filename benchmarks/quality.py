@@ -1,8 +1,8 @@
 """How visible are windows and leaves? Measured with the demo's model on photos it was not trained on.
 
-    python run.py bench quality
+    python run.py bench quality [SECTION ...]
 
-Writes QUALITY.md and the crops it shows. Pictures are 384 px and windows 192 px unless a table says otherwise, so that
+Writes QUALITY.md, or sections of it, and the crops it shows. Pictures are 384 px and windows 192 px unless a table says otherwise, so that
 every picture has borders of every kind and a processor is enough. Three measures are this file's own:
 
 Seams. A picture made in one window has no seams, so a seam is a line in the difference between the tiled picture and
@@ -58,7 +58,7 @@ from qtd_pack.drawing import draw_quadtree  # noqa: E402
 from qtd_pack.placement import strength_raster  # noqa: E402
 from qtd_pack.quadtree import Quadtree, build_quadtree  # noqa: E402
 from qtd_pack.strengths import quadtree_from_mask  # noqa: E402
-from qtd_pack import blending, sampling_run  # noqa: E402
+from qtd_pack import blending, sampling_run, tiled_diffusion, tones  # noqa: E402
 from qtd_pack.denoise_schedule import eased  # noqa: E402
 from qtd_pack.tiled_diffusion import KEY, TiledDiffusion  # noqa: E402
 
@@ -476,6 +476,36 @@ def whole_cost(run) -> float:
     return run.ledger.calls * run.facts.cost_of.of(*run.facts.strengths.shape)
 
 
+HOLDS = (0.0, 0.5, 1.0)
+
+
+def window_colours(picture: torch.Tensor, reference: torch.Tensor, side: int = WINDOWS_PX[0]) -> float:
+    """How far the mean colours of squares differ, RMS on the 0..255 scale."""
+    return 255 * float(functional.avg_pool2d((picture - reference).movedim(-1, 1), side).square().mean().sqrt())
+
+
+def compare_tones(bench: Bench) -> list[list]:
+    """A row for each strength and hold_tones in small windows: beside one window with the same hold, beside the whole canvas without, ghosts."""
+    rows = []
+    for strength in (1.0, 0.875, 0.75):
+        for hold in HOLDS:
+            figures = [tones_of(bench, name, strength, hold) for name in bench.pictures]
+            rows.append([str(strength), str(hold), *(f"{mean(values):.{digits}f}" for values, digits in zip(zip(*figures), (1, 1, 1, 1, 3, 3)))])
+    return rows
+
+
+def tones_of(bench: Bench, name: str, strength: float, hold: float) -> tuple[float, ...]:
+    picture, plain = bench.pictures[name], bench.img2img(name, strength)
+    settings = TiledDiffusion(even_tree(picture, strength), tile_overlap=16, min_window=WINDOWS_PX[0], max_window=WINDOWS_PX[0], hold_tones=hold)
+    tiled = bench.paint(name, settings).picture
+    # The low pass is as wide as a window; here the whole canvas is held as the small windows are.
+    with instead(tiled_diffusion, "low_pass", lambda value, side, wraps: tones.low_pass(value, WINDOWS_PX[0] // CELL_PX, wraps)):
+        held = bench.paint(name, one_window(settings)).picture
+    everywhere = torch.ones(picture.shape[1] // CELL_PX, picture.shape[2] // CELL_PX, dtype=torch.bool)
+    agreement = [figure(tiled, reference) for reference in (held, plain) for figure in (psnr, window_colours)]
+    return *agreement, ghost(tiled, picture, everywhere), ghost(plain, picture, everywhere)
+
+
 EASINGS = (("img2img", 4), ("img2img", 2), ("img2img", 0), ("blend", 4), ("ramp", 4))
 PATCH_STRENGTHS = (0.0, 0.25, 0.5, 1.0)
 
@@ -590,30 +620,80 @@ def table(header: str, rows: list[list]) -> str:
 
 
 WINDOW_COLUMNS = "way | window, px | overlap, px | seams, all | worst picture | PSNR to the whole canvas, dB | MS-SSIM | cost"
+TONE_COLUMNS = "strength | hold_tones | PSNR to one window held alike, dB | windows' colours | PSNR to the whole canvas without, dB | windows' colours | ghosts | of the whole canvas"
 METHOD_COLUMNS = "method | schedule | seams, all | worst picture | PSNR to one window, dB"
 SCHEDULE_COLUMNS = "schedule | eased over, cells | leaf borders, mean | worst | ghosts at 0.25 | at 0.5 | at 1"
 DEFAULT_COLUMNS = "picture | seams at 0.5 | at 1 | by detail | leaf borders, at random | by detail"
 KEPT_COLUMNS = "picture | kept | exact | largest error | edges | exact, composite | largest error | edges"
 
 
-def report(bench: Bench) -> str:
-    """QUALITY.md: what was measured, in five tables with their crops."""
+TONES = (
+    "Windows' colours: by how much their means differ, in steps of 1/255. At strength 1 the whole canvas without hold_tones knows "
+    "nothing of the original's tones, so that holding them leads away from it.")
+
+
+def windows_text(bench: Bench) -> str:
+    draw_seams(bench)
+    return (
+        f"The truth is the whole canvas in one window; cost is relative to it.\n\n{table(WINDOW_COLUMNS, compare_windows(bench))}\n\n"
+        "![Grid without overlap, default settings, whole canvas](quality_seams.png)\n\n*Where four windows meet: grid without overlap, default settings, whole canvas.*")
+
+
+def agreement_text(bench: Bench) -> str:
+    import agreement  # it measures with what is here
+
+    return agreement.agreement_text(bench, Path(__file__).with_name("agreement.png"))
+
+
+def collage_text(bench: Bench) -> str:
+    import collage
+
+    return collage.collage_text()
+
+
+def schedules_text(bench: Bench) -> str:
+    draw_leaves(bench)
+    draw_ghosts(bench)
+    return (
+        f"Leaves of 64 and 128 px with strengths 0, 0.25, 0.5 and 1 at random, in one window.\n\n{table(SCHEDULE_COLUMNS, compare_schedules(bench))}\n\n"
+        "![Original, without easing, with easing](quality_leaves.png)\n\n*Leaves of four strengths: original, without easing, with easing.*\n\n"
+        "![Original, blend, img2img](quality_ghosts.png)\n\n*Strength 0.5 everywhere: original, blend, img2img.*")
+
+
+def kept_text(bench: Bench) -> str:
+    draw_kept(bench)
+    return (
+        f"By detail, decoded, then with Quadtree Composite. Errors in steps of 1/255.\n\n{table(KEPT_COLUMNS, show_kept(bench))}\n\n"
+        "![Leaves, decoded, with Quadtree Composite](quality_kept.png)\n\n*Leaves (violet is kept), decoded result, with Quadtree Composite.*")
+
+
+# By the word that names it: heading, and what is measured.
+SECTIONS = {
+    "defaults": (f"Default settings, windows of {WINDOW_PX} px", lambda bench: table(DEFAULT_COLUMNS, show_defaults(bench))),
+    "windows": ("Windows at strength 1", windows_text),
+    "agreement": ("Tight windows and squares", agreement_text),
+    "tones": ("Tones that hold", lambda bench: f"Windows of {WINDOWS_PX[0]} px, overlap 16 px. {TONES}\n\n{table(TONE_COLUMNS, compare_tones(bench))}"),
+    "collage": ("No collage", collage_text),
+    "methods": (
+        "Methods and schedules",
+        lambda bench: f"Strength 0.5 everywhere, windows of {WINDOW_PX} px, the default overlap.\n\n{table(METHOD_COLUMNS, compare_methods(bench))}"),
+    "schedules": ("Schedules and easing", schedules_text),
+    "kept": ("Kept pixels", kept_text),
+}
+
+
+def head(bench: Bench) -> str:
     sizes = ", ".join(f"{name} ({picture.shape[2]} x {picture.shape[1]})" for name, picture in bench.pictures.items())
-    parts = [
-        "# Quality, measured", f"Written by `python run.py bench quality`. Held-out photos: {sizes}. The demo's model, Euler, {bench.painter.steps} steps.\n{MEASURES}",
-        f"## Default settings, windows of {WINDOW_PX} px", table(DEFAULT_COLUMNS, show_defaults(bench)),
-        "## Windows at strength 1", "The truth is the whole canvas in one window; cost is relative to it.", table(WINDOW_COLUMNS, compare_windows(bench)),
-        "![Grid without overlap, default settings, whole canvas](quality_seams.png)\n\n*Where four windows meet: grid without overlap, default settings, whole canvas.*",
-        "## Methods and schedules", f"Strength 0.5 everywhere, windows of {WINDOW_PX} px, the default overlap.", table(METHOD_COLUMNS, compare_methods(bench)),
-        "## Schedules and easing", "Leaves of 64 and 128 px with strengths 0, 0.25, 0.5 and 1 at random, in one window.", table(SCHEDULE_COLUMNS, compare_schedules(bench)),
-        "![Original, without easing, with easing](quality_leaves.png)\n\n*Leaves of four strengths: original, without easing, with easing.*",
-        "![Original, blend, img2img](quality_ghosts.png)\n\n*Strength 0.5 everywhere: original, blend, img2img.*",
-        "## Kept pixels", "By detail, decoded, then with Quadtree Composite. Errors in steps of 1/255.", table(KEPT_COLUMNS, show_kept(bench)),
-        "![Leaves, decoded, with Quadtree Composite](quality_kept.png)\n\n*Leaves (violet is kept), decoded result, with Quadtree Composite.*",
-    ]
-    for draw in (draw_seams, draw_leaves, draw_ghosts, draw_kept):
-        draw(bench)
-    return "\n\n".join(parts) + "\n"
+    return f"# Quality, measured\n\nWritten by `python run.py bench quality`. Held-out photos: {sizes}. The demo's model, Euler, {bench.painter.steps} steps.\n{MEASURES}\n"
+
+
+def measured(bench: Bench, name: str) -> str:
+    """A section of QUALITY.md; its crops are written beside it."""
+    heading, text = SECTIONS[name]
+    start = time.monotonic()
+    section = f"## {heading}\n\n{text(bench)}\n"
+    print(f"{section}\n[{name}: {time.monotonic() - start:.0f} s]\n", flush=True)
+    return section
 
 
 MEASURES = """
@@ -623,14 +703,22 @@ MEASURES = """
 
 
 def main(words: list[str]) -> int:
+    from measuring import with_section
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of QUALITY.md, to be measured anew; all if none is named: {', '.join(SECTIONS)}")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("QUALITY.md"))
     arguments = parser.parse_args(words)
+    if unknown := set(arguments.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     torch.set_num_threads(arguments.threads)
-    start = time.monotonic()
-    arguments.out.write_text(report(Bench(load_painter(), held_out(), {})), "utf-8")
-    print(f"wrote {arguments.out} in {time.monotonic() - start:.0f} s")
+    bench = Bench(load_painter(), held_out(), {})
+    text = arguments.out.read_text("utf-8") if arguments.sections else head(bench)
+    for name in arguments.sections or SECTIONS:
+        text = with_section(text, measured(bench, name))
+    arguments.out.write_text(text, "utf-8")
+    print(f"wrote {arguments.out}")
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import re
 import sys
 import time
 from pathlib import Path
@@ -52,15 +51,6 @@ def run_part(name: str, tiny: bool) -> str:
     return counted.operations_part(tiny) if name == "operations" else cuda.cuda_part(tiny)
 
 
-def with_section(results: str, section: str) -> str:
-    """The results with one section, from its heading to the next, in the place of what had that heading, or at the end."""
-    heading = section.partition("\n")[0]
-    before, found, after = results.partition(heading + "\n")
-    following = re.search(r"^## ", after, re.MULTILINE)
-    rest = after[following.start():] if following else ""
-    return f"{before.rstrip()}\n\n{section.rstrip()}\n" + (f"\n{rest}" if rest else "")
-
-
 def main(words: list[str]) -> int:
     if words[:1] == ["quality"]:
         import quality
@@ -94,6 +84,8 @@ def main(words: list[str]) -> int:
 
 def write(sections: list[str], only_some: bool) -> None:
     """Write RESULTS.md: all of it, or some parts' sections in their places."""
+    from measuring import with_section
+
     file = HERE / "RESULTS.md"
     results = "\n".join(sections)
     if only_some:

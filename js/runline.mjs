@@ -2,7 +2,7 @@
 import { say, sayCoded } from "./texts.mjs";
 
 // In pixels of the node; longer texts can be scrolled.
-const ROOM = 60;
+const ROOM = 76;
 const ROOM_FOR_ERROR = 190;
 
 /** Put the line on a node; returns the function that shows what a run tells: {text, values}. */

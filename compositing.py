@@ -21,15 +21,26 @@ def composite(original: torch.Tensor, image: torch.Tensor, tree: Quadtree, *, fe
     for name, picture in (("original", original), ("image", image)):
         check_picture(picture, name)
     shift = _shift_of_result(original, image)
-    original, laid = _laid_over(original, image, shift)
+    alpha = _alpha(tree, original, image, shift, feather)
+    out = None
+    # One by one, so that a video takes no more than itself.
+    for number in range(len(image)):
+        kept = number % len(original)
+        before, laid = _laid_over(original[kept:kept + 1], image[number:number + 1], shift)
+        out = laid.new_empty(len(image), *laid.shape[1:]) if out is None else out
+        out[number] = torch.where(alpha == 0, before, torch.lerp(before, laid, alpha.to(laid.dtype)))[0]
+    return out
+
+
+def _alpha(tree: Quadtree, original: torch.Tensor, image: torch.Tensor, shift, feather: int) -> torch.Tensor:
+    """How much of the result each of the original's pixels takes, (height, width, 1), on the result's device."""
     spans = _placement_of_pictures(tree, original, image, shift)
     strength = strengths_at(tree, *(span.px(torch.arange(side, dtype=torch.float64) + 0.5) for span, side in zip(spans, original.shape[1:3])))
     changed = torch.zeros_like(strength)
     inside, _ = _common_parts(original, image, shift)
     changed[inside] = (strength[inside] > 0).float()
     radius = min(feather // 2, int(tree.min_leaf * min(span.scale for span in spans)) // 4)
-    alpha = _inner_ramp(changed, radius).to(laid.device)[None, :, :, None]
-    return torch.where(alpha == 0, original, torch.lerp(original, laid, alpha.to(laid.dtype)))
+    return _inner_ramp(changed, radius).to(image.device)[:, :, None]
 
 
 def _shift_of_result(original: torch.Tensor, image: torch.Tensor) -> list[int]:
@@ -59,11 +70,9 @@ def _common_parts(original: torch.Tensor, image: torch.Tensor, shift) -> tuple[t
 
 
 def _laid_over(original: torch.Tensor, image: torch.Tensor, shift) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both with one number, size, kind and device: the originals, and the originals with the images laid on them."""
+    """Both with one size, kind and device: an original, and the original with an image laid on it."""
     dtype = torch.promote_types(original.dtype, image.dtype)
     original, image = original.to(image.device, dtype), image.to(dtype)
-    if len(original) != len(image):
-        original = original[torch.arange(len(image), device=image.device) % len(original)]
     only = _only_alpha(original, image)
     original, image = _equal_channels(original, image)
     laid = image

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import comfy.utils
 from comfy_api.latest import ComfyAPI, ComfyExtension, io, ui
@@ -20,9 +21,14 @@ from .sampling_run import check_windows
 from .strengths import MASK_EDGES, adjust_quadtree, quadtree_from_mask
 from .tiled_diffusion import TiledDiffusion
 from .windows import WINDOW_SHAPES, WRAPS
+from .wiring import WIRING, Wiring
 
 # Longer side of the picture that the browser gets.
 PREVIEW_PX = 1024
+
+# Overlays up to this many bytes are always drawn: leaving one out has its price once it is connected.
+SMALL_OVERLAY = 256 << 20
+OVERLAY = 1  # its place among the outputs
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +83,7 @@ class QuadtreeFromImage(io.ComfyNode):
                 TREE.Output("quadtree", tooltip="The leaves and their strengths."),
                 io.Image.Output("overlay", tooltip="The picture with its leaves: dark violet is kept, yellow is redrawn."),
             ],
+            hidden=[io.Hidden.unique_id],
             # Without it the host sends nothing to a browser that reloads while the node's result is cached.
             has_intermediate_output=True,
         )
@@ -91,7 +98,27 @@ class QuadtreeFromImage(io.ComfyNode):
     def execute(cls, image, edits="", **settings) -> io.NodeOutput:
         cells = preview.measure(image, settings["min_leaf"])
         tree = preview.tree_of(cells, edits=edits, **settings)
-        return io.NodeOutput(tree, draw_quadtree(image, tree), ui=_shown(image, cells, tree, {**settings, "edits": edits}, cls))
+        overlay = draw_quadtree(image, tree) if _overlay_is_wanted(image, cls) else image[..., :3]
+        return io.NodeOutput(tree, overlay, ui=_shown(image, cells, tree, {**settings, "edits": edits}, cls))
+
+    @classmethod
+    def fingerprint_inputs(cls, **settings) -> int:
+        """Another one if the overlay is connected now and was left out before: the node then runs again."""
+        wiring = _wiring(cls)
+        return 0 if wiring is None else wiring.number(cls.hidden.unique_id, OVERLAY)
+
+
+def _wiring(cls) -> Wiring | None:
+    """What the server knows of the graph that this node is in, if anything."""
+    server = preview.running_server()
+    return None if server is None or not cls.hidden or cls.hidden.unique_id is None else server.app.get(WIRING)
+
+
+def _overlay_is_wanted(image, cls) -> bool:
+    """False for a large overlay that goes nowhere, as far as the host tells."""
+    wiring = _wiring(cls)
+    is_small = math.prod(image.shape[:3]) * 3 * 4 <= SMALL_OVERLAY
+    return is_small or wiring is None or not wiring.may_leave_out(cls.hidden.unique_id, OVERLAY)
 
 
 def _shown(image, cells, tree, settings, cls) -> dict | None:
@@ -298,6 +325,7 @@ class QuadtreeExtension(ComfyExtension):
         server = preview.running_server()
         if server is not None:
             preview.add_route(server)
+            server.app[WIRING] = Wiring(server)
             for replacement in _of_predecessor():
                 await ComfyAPI().node_replacement.register(replacement)
 

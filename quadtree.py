@@ -86,7 +86,7 @@ def measure_cells(image: torch.Tensor, cell_px: int, *, with_gradients: bool = T
     """
     check_picture(image, "image")
     sums, squares, gradients = [], [], []
-    height = max(BAND_PIXELS // image.shape[2] // cell_px, 1) * cell_px
+    height = max(BAND_PIXELS // (image.shape[0] * image.shape[2]) // cell_px, 1) * cell_px
     for top in range(0, image.shape[1], height):
         band = image[:, top:top + height + 1, :, :3].float()
         if with_gradients:

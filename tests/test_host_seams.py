@@ -146,7 +146,7 @@ OPTIONS = {"cond_or_uncond": "patches watch", "sample_sigmas": "patches", "sigma
 # Lines of the host's server; importing that would start half of it.
 SERVER = {
     r"PromptServer\.instance = self": "preview", r"self\.app = web\.Application\(": "preview", r"self\.routes = routes": "preview",
-    r"self\.client_id = None": "preview", r"def send_sync\(self, event, data, sid=None\)": "preview"}
+    r"self\.client_id = None": "preview", r"self\.prompt_queue = ": "wiring", r"def send_sync\(self, event, data, sid=None\)": "preview"}
 
 
 def told(seam: str, what: str, files: str) -> str:

@@ -31,6 +31,7 @@ FILE = Path(__file__).resolve().with_name("RELIABILITY.md")
 # Name to module.function, imported when it is run.
 PARTS: dict[str, str] = {
     "fuzz": "fuzz.fuzz_part",
+    "memory": "memory_runs.memory_part",
 }
 
 Row = tuple[str, int, str]

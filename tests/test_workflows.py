@@ -1,6 +1,7 @@
 """Each shipped workflow opens, is valid and runs on a real server, with small models under the file names it asks for."""
 from __future__ import annotations
 
+import copy
 import io
 import json
 import urllib.parse
@@ -63,6 +64,13 @@ def test_a_workflow_has_only_nodes_of_the_host_and_of_the_pack(name, object_info
     types = {node["type"] for node in workflow(name)["nodes"]} - {"MarkdownNote"}
     others = {kind for kind in types if not object_info[kind]["python_module"].startswith(("nodes", "comfy_extras", f"custom_nodes.{PACK}"))}
     assert others == set()
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_picture_is_decoded_where_it_changed_and_a_video_as_a_whole(name, object_info):
+    kinds = {node["class_type"] for node in api_graph(name, object_info).values()}
+    decoding = {"VAEDecode", "QuadtreeComposite"} if "CreateVideo" in kinds else {"QuadtreeDecode"}
+    assert {kind for kind in kinds if "Decode" in kind or "Composite" in kind} == decoding
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -176,8 +184,8 @@ def test_the_pictures_of_a_workflow_fit_together_at_the_sizes_that_photos_have(n
             node["inputs"] |= {name: value for name, value in (("megapixels", 0.1), ("min_leaf", 16), ("max_leaf", 128)) if name in node["inputs"]}
     photo = torch.from_numpy(numpy.array(painted_photo(width, height))).float()[None] / 255
     follow = PictureSide(graph, photo, vae)
-    (composite,) = (node_id for node_id, node in graph.items() if node["class_type"] == "QuadtreeComposite")
-    (out,), original, tree = follow.outputs(composite), follow.value(composite, "original"), follow.value(composite, "quadtree")
+    last = keeping_node(graph)
+    (out,), original, tree = follow.outputs(last), follow.value(last, "original"), follow.value(last, "quadtree")
     assert out.shape == original.shape
     assert strength_raster(tree, original.shape[1] // 8, original.shape[2] // 8, 8).unique().numel() > 1
     kept = strength_raster(tree, *original.shape[1:3]) == 0
@@ -207,11 +215,17 @@ class PictureSide:
             return self.photo[..., :3], 1 - self.photo[..., 3]
         if kind == "ImageUpscaleWithModel":
             return (self.value(node_id, "image").repeat_interleave(4, 1).repeat_interleave(4, 2),)
+        if kind == "KSampler":
+            pixels = self.vae.vae_encode_crop_pixels(self.value(inputs["latent_image"][0], "pixels"))
+            return ({"samples": torch.zeros(len(pixels), self.vae.latent_channels, pixels.shape[1] // 8, pixels.shape[2] // 8), "negative": 1 - pixels},)
         if kind == "VAEDecode":
-            sampler = inputs["samples"][0]
-            encoder = self.graph[sampler]["inputs"]["latent_image"][0]
-            return (1 - self.vae.vae_encode_crop_pixels(self.value(encoder, "pixels")),)
+            return (self.value(node_id, "samples")["negative"],)
+        if kind == "VAELoader" or kind == "CheckpointLoaderSimple":
+            return (self.vae,) * 3
         values = {name: self.value(node_id, name) for name in inputs}
+        if kind == "QuadtreeDecode":
+            values["vae"] = copy.copy(self.vae)  # the host's, around a decoder that nobody knows
+            values["vae"].first_stage_model, values["vae"].decode = torch.nn.Identity(), lambda samples: values["samples"]["negative"]
         if kind == "ImageScaleBy":
             return host_nodes.ImageScaleBy().upscale(**values)
         if kind == "ImageFromBatch":
@@ -220,6 +234,12 @@ class PictureSide:
             if hasattr(module, kind):
                 return getattr(module, kind).execute(**values).result
         raise KeyError(kind)
+
+
+def keeping_node(graph: dict) -> str:
+    """The one that puts the original's pixels back."""
+    (found,) = (node_id for node_id, node in graph.items() if node["class_type"] in ("QuadtreeComposite", "QuadtreeDecode"))
+    return found
 
 
 def make_small(graph: dict) -> None:
@@ -231,10 +251,10 @@ def make_small(graph: dict) -> None:
 
 def add_probes(graph: dict) -> tuple[str, str, str]:
     """Nodes that show the pictures before and after, and the strengths. Returns their ids."""
-    (composite,) = (node_id for node_id, node in graph.items() if node["class_type"] == "QuadtreeComposite")
-    inputs = graph[composite]["inputs"]
+    last = keeping_node(graph)
+    inputs = graph[last]["inputs"]
     graph["original"] = {"class_type": "PreviewImage", "inputs": {"images": inputs["original"]}}
-    graph["result"] = {"class_type": "PreviewImage", "inputs": {"images": [composite, 0]}}
+    graph["result"] = {"class_type": "PreviewImage", "inputs": {"images": [last, 0]}}
     graph["size"] = {"class_type": "GetImageSize", "inputs": {"image": inputs["original"]}}
     sizes = {"width": ["size", 0], "height": ["size", 1]}
     graph["mask"] = {"class_type": "QuadtreeToMask", "inputs": {"quadtree": inputs["quadtree"], **sizes}}

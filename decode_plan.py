@@ -51,15 +51,37 @@ def shrunk(rect: Rect, by: int) -> Rect:
     return Rect(rect.top // by, rect.left // by, -(-rect.bottom // by), -(-rect.right // by))
 
 
+def seen(step: Step, rect: Rect, height: int, width: int) -> Rect:
+    """What a step looks at for a rectangle to come out of it; height, width: of the picture before the step."""
+    rect = grown(rect, step.after, height * step.grows, width * step.grows)
+    return grown(shrunk(rect, step.grows), step.before, height, width)
+
+
+def cores_of(rect: Rect, largest: int, height: int, width: int) -> list[Rect]:
+    """A rectangle of whole blocks in some of whole blocks, with sides of at most `largest` (of one block, if that is less)."""
+    return [grown(scaled(part, BLOCK), 0, height, width) for part in parts_of(shrunk(rect, BLOCK), max(largest // BLOCK, 1))]
+
+
 def rects_through(steps: Sequence[Step], core: Rect, height: int, width: int) -> tuple[Rect, ...]:
     """What a window has to cover before each step, and after the last, to be right in its core: each in its own resolution."""
     scale = math.prod(step.grows for step in steps)
     rects = [scaled(core, scale)]
     for step in reversed(steps):
-        rect = grown(rects[-1], step.after, height * scale, width * scale)
         scale //= step.grows
-        rects.append(grown(shrunk(rect, step.grows), step.before, height * scale, width * scale))
+        rects.append(seen(step, rects[-1], height * scale, width * scale))
     return tuple(rects[::-1])
+
+
+def parts_of(rect: Rect, largest: int) -> list[Rect]:
+    """A rectangle in parts of nearly one size, with sides of at most `largest`."""
+    rows, cols = (_even(first, last, math.ceil((last - first) / largest)) for first, last in ((rect.top, rect.bottom), (rect.left, rect.right)))
+    return [Rect(top, left, bottom, right) for top, bottom in rows for left, right in cols]
+
+
+def _even(first: int, last: int, count: int) -> list[tuple[int, int]]:
+    """A stretch in so many parts of nearly one length."""
+    ends = [first + (last - first) * index // count for index in range(count + 1)]
+    return list(zip(ends, ends[1:]))
 
 
 @dataclass(frozen=True)
@@ -112,7 +134,7 @@ def cover(active: torch.Tensor, price: Price, largest: int) -> list[Rect]:
         if cost < 0.999 * float(_in_parts(price, torch.tensor(box.height), torch.tensor(box.width), largest)):
             boxes += halves
         else:
-            found += _parts(box, largest)
+            found += parts_of(box, largest)
     return sorted((grown(scaled(rect, BLOCK), 0, height, width) for rect in found), key=lambda rect: (rect.top, rect.left))
 
 
@@ -156,25 +178,19 @@ def _in_parts(price: Price, rows: torch.Tensor, cols: torch.Tensor, largest: int
     return counts[0] * counts[1] * price.of((rows / counts[0]).ceil() * BLOCK, (cols / counts[1]).ceil() * BLOCK)
 
 
-def _parts(box: Rect, largest: int) -> list[Rect]:
-    rows, cols = (_even(first, last, math.ceil((last - first) / largest)) for first, last in ((box.top, box.bottom), (box.left, box.right)))
-    return [Rect(top, left, bottom, right) for top, bottom in rows for left, right in cols]
-
-
-def _even(first: int, last: int, count: int) -> list[tuple[int, int]]:
-    """A stretch in so many parts of nearly one length."""
-    ends = [first + (last - first) * index // count for index in range(count + 1)]
-    return list(zip(ends, ends[1:]))
-
-
 @dataclass(frozen=True)
 class Plan:
-    """windows: cores, none in another. samples: how many are to stand for what lies outside of all windows."""
+    """windows: cores, none in another. samples: how many are to stand for what lies outside of all windows.
+
+    largest: the longest side of what is computed at once. Where normalisations make all windows wait for each other after each
+    step, they may be larger: they are whole rectangles then, of which a step is taken part by part.
+    """
 
     height: int
     width: int
     windows: tuple[Rect, ...]
     samples: int
+    largest: int
 
     @property
     def near(self) -> torch.Tensor:
@@ -187,21 +203,21 @@ class Plan:
 
 
 def plan_decode(decoder: Decoder, active: torch.Tensor, largest: int) -> Plan:
-    """Find the windows for the active cells, bool, (height, width), with sides of at most `largest`.
+    """Find the windows for the active cells, bool, (height, width). largest: the longest side of what is computed at once.
 
     Where little would be left out, or samples cost as much, windows take everything, which needs no samples.
     """
     height, width = active.shape
     price, share = Price(decoder, height, width), float(active.float().mean())
-    windows, everything = (cover(cells, price, largest) for cells in (active, torch.ones_like(active)))
-    near = float(Plan(height, width, tuple(windows), 0).near.float().mean())
+    windows, everything = (cover(cells, price, max(height, width) if decoder.has_norms else largest) for cells in (active, torch.ones_like(active)))
+    near = float(Plan(height, width, tuple(windows), 0, largest).near.float().mean())
     cost, all_of_it = (sum(price.of_one(core.height, core.width) for core in cores) for cores in (windows, everything))
     if not decoder.has_norms:
-        return Plan(height, width, tuple(windows if cost < all_of_it else everything), 0)
+        return Plan(height, width, tuple(windows if cost < all_of_it else everything), 0, largest)
     with_samples = price.entry(near) + cost + LEAST_SAMPLES * price.of_one(BLOCK, BLOCK)
     if price.entry(1.0) + all_of_it <= max(AIM * share * price.whole, with_samples):
-        return Plan(height, width, tuple(everything), 0)
-    return Plan(height, width, tuple(windows), sample_count(price, near, cost, share))
+        return Plan(height, width, tuple(everything), 0, largest)
+    return Plan(height, width, tuple(windows), sample_count(price, near, cost, share), largest)
 
 
 def sample_count(price: Price, near: float, windows: float, share: float) -> int:

@@ -4,8 +4,10 @@ Each window starts with as much around its core as the steps before it look at, 
 ends as its core and equals that part of a whole decode.
 
 Normalisations need the mean and variance of the whole picture. All windows therefore take a step together, and what no
-window holds is represented by small samples of it, which go along. One at a time is on the VAE's device with all its layer
-needs; the others wait, as far as they take no more memory than the host reckons for a window, else in the computer's memory.
+window holds is represented by small samples of it, which go along. Windows that wait for each other have no reason to be small:
+a step is taken part by part, each part with no more around it than that step looks at. One part at a time is on the VAE's device
+with all its layer needs; the rest waits, as far as it takes no more memory than the host reckons for a window, else in the
+computer's memory.
 """
 from __future__ import annotations
 
@@ -20,14 +22,14 @@ import torch.nn.functional as F
 import comfy.model_management
 import comfy.ops
 
-from .decode_plan import BLOCK, LEAST_SAMPLES, Plan, area, blocks_of, rects_through, represented, scaled, shrunk
+from .decode_plan import BLOCK, LEAST_SAMPLES, Plan, area, blocks_of, cores_of, parts_of, rects_through, represented, scaled, seen, shrunk
 from .decoders import Decoder, Step
 from .utils import Rect
 
 log = logging.getLogger(__name__)
 
-# Windows are not halved below this side.
-LEAST_WINDOW = 4
+# What is computed at once is not halved below this side.
+LEAST_PART = 4
 
 # Elements whose squares are taken at once.
 CHUNK = 1 << 24
@@ -69,6 +71,13 @@ class Limits:
     room: float
 
 
+@dataclass
+class Pace:
+    """The longest side of what is computed at once, without what it looks at; less as soon as memory does not suffice."""
+
+    side: int
+
+
 @dataclass(frozen=True, eq=False)
 class Walk:
     """One image's way through the decoder.
@@ -85,6 +94,7 @@ class Walk:
     samples: Sequence[Rect]
     weights: torch.Tensor | None
     limits: Limits
+    pace: Pace
     tell: Callable
 
     @property
@@ -99,13 +109,19 @@ class Walk:
         """Elements before a step per cell."""
         return math.prod(step.grows for step in self.steps[:index])
 
+    def sides(self) -> tuple[int, ...]:
+        """The longest side of what is computed at once before each step, and after the last: what a window of that size covers there."""
+        far = self.pace.side + 64  # from any border
+        rects = rects_through(self.steps, Rect(far, far, far + self.pace.side, far + self.pace.side), 3 * far, 3 * far)
+        return tuple(rect.height for rect in rects)
+
 
 def begin(decoder: Decoder, plan: Plan, latent: torch.Tensor, limits: Limits, tell: Callable) -> Walk:
     """Do what is done once for the whole picture."""
     together, later = _that_fit(decoder, plan, limits, latent.element_size())
     features = decoder.whole(decoder.enter(latent), plan.near)
     samples, weights = represented(features[0], held(plan, together), plan.samples or (LEAST_SAMPLES if later else 0)) if together else ((), None)
-    return Walk(decoder, features, together, later, samples, weights, limits, tell)
+    return Walk(decoder, features, together, later, samples, weights, limits, Pace(plan.largest), tell)
 
 
 def held(plan: Plan, rects: Sequence[Rect]) -> torch.Tensor:
@@ -125,7 +141,7 @@ def cut(x: torch.Tensor, rect: Rect, origin: Rect) -> torch.Tensor:
 def window_piece(walk: Walk, core: Rect) -> Piece:
     rects = rects_through(walk.steps, core, *walk.size)
     weights = None if walk.weights is None else cut(walk.weights, shrunk(core, BLOCK), Rect(0, 0, 0, 0))[None]
-    return Piece(core, rects, cut(walk.features, rects[0], Rect(0, 0, 0, 0)), weights=weights)
+    return Piece(core, rects, cut(walk.features, rects[0], Rect(0, 0, 0, 0)).clone(), weights=weights)
 
 
 def sample_pieces(walk: Walk) -> list[Piece]:
@@ -172,69 +188,80 @@ def normalised(norm: torch.nn.GroupNorm, x: torch.Tensor, moments: Moments) -> t
     return out
 
 
-def taken(walk: Walk, piece: Piece, index: int, moments: Moments | None) -> Piece:
-    """The piece after a step, trimmed to what the next one needs."""
-    step = walk.steps[index]
-    x, skip = piece.x.to(walk.limits.device), None if piece.skip is None else piece.skip.to(walk.limits.device)
+def made(walk: Walk, piece: Piece, index: int, moments: Moments | None, rows: slice, part: Rect) -> tuple[torch.Tensor, bool]:
+    """A part of what a step makes of a piece, for some of its samples; and whether what it keeps for a block's end goes on."""
+    step, scale = walk.steps[index], walk.scale(index)
+    rect = seen(step, part, *(side * scale for side in walk.size))
+    x, skip = (None if whole is None else cut(whole[rows], rect, piece.rects[index]).to(walk.limits.device) for whole in (piece.x, piece.skip))
     if step.norm is not None:
         # A block's shortcut takes what came in before its first normalisation.
         skip = x if skip is None else skip
         x = normalised(step.norm, x, moments)
     x, skip = step.run(x, skip)
-    origin, rect = scaled(piece.rects[index], step.grows), piece.rects[index + 1]
-    x, skip = (None if part is None else cut(part, rect, origin) for part in (x, skip))
-    return replace(piece, x=x if rect == origin else x.contiguous(), skip=skip if skip is None or rect == origin else skip.contiguous())
+    return cut(x, part, scaled(rect, step.grows)), skip is not None
 
 
-def moved(piece: Piece, device: torch.device) -> Piece:
-    return replace(piece, x=piece.x.to(device), skip=None if piece.skip is None else piece.skip.to(device))
+def attempted(walk: Walk, piece: Piece, index: int, moments: Moments | None, rows: slice, part: Rect) -> tuple[torch.Tensor, bool] | None:
+    """What `made` gives, or None where memory does not suffice and less might do."""
+    try:
+        return made(walk, piece, index, moments, rows, part)
+    except Exception as problem:
+        comfy.model_management.raise_non_oom(problem)
+        if rows.stop - rows.start < 2 and max(part.height, part.width) < 2 * LEAST_PART * walk.scale(index + 1):
+            raise
+        return None
 
 
-def halves(walk: Walk, piece: Piece, index: int, problem: Exception) -> list[Piece]:
-    """The two halves of a window, or of a batch of samples, before a step. Raises the problem again for one that is too small."""
-    core = piece.core
-    if piece.is_sample and len(piece.x) > 1:
-        return [
-            replace(piece, x=x, skip=skip, weights=weights)
-            for x, skip, weights in zip(piece.x.chunk(2), (None, None) if piece.skip is None else piece.skip.chunk(2), piece.weights.chunk(2))]
-    if piece.is_sample or max(core.height, core.width) < 2 * LEAST_WINDOW:
-        raise problem
-    if core.height >= core.width:
-        middle = core.top + core.height // 2 // BLOCK * BLOCK
-        cores = [Rect(core.top, core.left, middle, core.right), Rect(middle, core.left, core.bottom, core.right)]
-    else:
-        middle = core.left + core.width // 2 // BLOCK * BLOCK
-        cores = [Rect(core.top, core.left, core.bottom, middle), Rect(core.top, middle, core.bottom, core.right)]
-    found = []
-    for half in cores:
-        rects = rects_through(walk.steps, half, *walk.size)
-        x, skip = (None if part is None else cut(part, rects[index], piece.rects[index]).clone() for part in (piece.x, piece.skip))
-        weights = None if walk.weights is None else cut(walk.weights, shrunk(half, BLOCK), Rect(0, 0, 0, 0))[None]
-        found.append(Piece(half, rects, x, skip, weights))
-    return found
+def halves(walk: Walk, index: int, rows: slice, part: Rect) -> list[tuple[slice, Rect]]:
+    """A part of several samples, or a large one, as two; other large ones become as small."""
+    scale = walk.scale(index + 1)
+    log.warning("Quadtree Decode: out of memory, so a window of %d x %d cells is halved.", -(-part.width // scale), -(-part.height // scale))
+    comfy.model_management.soft_empty_cache()
+    if rows.stop - rows.start > 1:
+        middle = (rows.start + rows.stop) // 2
+        return [(slice(rows.start, middle), part), (slice(middle, rows.stop), part)]
+    side = -(-max(part.height, part.width) // 2)
+    walk.pace.side = max(min(walk.pace.side, side // scale), LEAST_PART)
+    return [(rows, half) for half in parts_of(part, side)]
+
+
+def taken(walk: Walk, piece: Piece, index: int, moments: Moments | None, room: float) -> Piece:
+    """The piece after a step, trimmed to what the next one needs; it waits on the device if it takes no more than `room` bytes."""
+    rect, after = piece.rects[index + 1], None
+    todo = [(slice(0, len(piece.x)), part) for part in ([rect] if piece.is_sample else parts_of(rect, walk.sides()[index + 1]))]
+    while todo:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        rows, part = todo.pop()
+        found = attempted(walk, piece, index, moments, rows, part)
+        if found is None:
+            todo += halves(walk, index, rows, part)
+            continue
+        after = waiting(walk, piece, index, *found, room) if after is None else after
+        if after.x.shape != found[0].shape:
+            cut(after.x[rows], part, rect).copy_(found[0])
+        walk.tell(0.0 if piece.is_sample else area(piece.core) * area(part) / area(rect) / len(walk.steps))
+    return after
+
+
+def waiting(walk: Walk, piece: Piece, index: int, x: torch.Tensor, goes_on: bool, room: float) -> Piece:
+    """The piece after a step where it is to wait: with x if that is all of it, else with room for all of its parts."""
+    rect, origin = piece.rects[index + 1], piece.rects[index]
+    shape = (len(piece.x), *x.shape[1:-2], rect.height, rect.width)
+    if x.shape != shape and piece.skip is not None and not goes_on and piece.skip.shape[1] == x.shape[1]:
+        # What a block adds at its end is needed for each element where it comes out, and nowhere else.
+        return replace(piece, x=cut(piece.skip, rect, origin), skip=None)
+    home = walk.limits.device if math.prod(shape) * x.element_size() * (1 + goes_on) <= room else walk.limits.away
+    skip = cut(piece.x if piece.skip is None else piece.skip, rect, origin).to(home) if goes_on else None
+    return replace(piece, x=x.to(home) if x.shape == shape else x.new_empty(shape, device=home), skip=skip)
 
 
 def stepped(walk: Walk, pieces: list[Piece], index: int, moments: Moments | None) -> list[Piece]:
-    """All pieces after a step; the list that came in is emptied. What memory does not suffice for is halved."""
-    todo, done, waiting = pieces[::-1], [], 0
+    """All pieces after a step; the list that came in is emptied."""
+    todo, done, room = pieces[::-1], [], walk.limits.room
     pieces.clear()
     while todo:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        piece, parts = todo.pop(), None
-        try:
-            after = taken(walk, piece, index, moments)
-        except Exception as problem:
-            comfy.model_management.raise_non_oom(problem)
-            parts = halves(walk, piece, index, problem)
-        # Not inside the clause above: the exception holds on to what lay in memory.
-        if parts is not None:
-            log.warning("Quadtree Decode: out of memory, so a window of %d x %d cells is halved.", piece.core.width, piece.core.height)
-            comfy.model_management.soft_empty_cache()
-            todo += parts[::-1]
-            continue
-        waiting += sum(part.nbytes for part in (after.x, after.skip) if part is not None)
-        done.append(moved(after, walk.limits.away) if waiting > walk.limits.room else after)
-        walk.tell(area(piece.core) / len(walk.steps) if not piece.is_sample else 0.0)
+        done.append(taken(walk, todo.pop(), index, moments, room))
+        room -= sum(part.nbytes for part in (done[-1].x, done[-1].skip) if part is not None and part.device == walk.limits.device)
     return done
 
 
@@ -280,6 +307,7 @@ def _that_fit(decoder: Decoder, plan: Plan, limits: Limits, element_size: int) -
     share = room / (sum(area(core) for core in plan.windows) * most * element_size)
     if share >= 1:
         return list(plan.windows), []
-    count = max(int(len(plan.windows) * share), 1)
-    chosen = {index * len(plan.windows) // count for index in range(count)}
-    return tuple([core for index, core in enumerate(plan.windows) if (index in chosen) == wanted] for wanted in (True, False))
+    parts = [part for core in plan.windows for part in cores_of(core, plan.largest, plan.height, plan.width)]
+    count = max(int(len(parts) * share), 1)
+    chosen = {index * len(parts) // count for index in range(count)}
+    return tuple([core for index, core in enumerate(parts) if (index in chosen) == wanted] for wanted in (True, False))

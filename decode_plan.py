@@ -24,11 +24,17 @@ BLOCK = 2
 
 # The least number of samples. More come as far as all operations stay below AIM times the share that changed, and themselves
 # below MOST_SAMPLES of a whole decode's.
-LEAST_SAMPLES, MOST_SAMPLES, AIM = 12, 0.04, 1.3
+LEAST_SAMPLES, MOST_SAMPLES, AIM = 24, 0.04, 1.3
+
+# A sample has so much of what the steps look at around it: more samples say more than a few whose borders are exact.
+REACH = 0.5
 
 # Principal components of a block's channels that are its features, at most and for how many blocks each; how much their weights
 # are held back, and how much more a sample may be moved than a block of a window: it shows what there is elsewhere.
 FEATURES, BLOCKS_PER_FEATURE, RIDGE, TRUST = 128, 10, 0.003, 10.0
+
+# How many cuts are tried together with a second one where none saves anything by itself.
+AHEAD = 12
 
 # Full resolution near windows: the attention of cells that are farther off hardly counts.
 NEAR_CELLS = 4
@@ -62,14 +68,21 @@ def cores_of(rect: Rect, largest: int, height: int, width: int) -> list[Rect]:
     return [grown(scaled(part, BLOCK), 0, height, width) for part in parts_of(shrunk(rect, BLOCK), max(largest // BLOCK, 1))]
 
 
-def rects_through(steps: Sequence[Step], core: Rect, height: int, width: int) -> tuple[Rect, ...]:
-    """What a window has to cover before each step, and after the last, to be right in its core: each in its own resolution."""
-    scale = math.prod(step.grows for step in steps)
-    rects = [scaled(core, scale)]
+def margins_of(steps: Sequence[Step], reach: float = 1.0) -> tuple[int, ...]:
+    """How far around a core the steps that are left look, before each step and after the last; reach: the share of it that is taken."""
+    margins = [0]
     for step in reversed(steps):
-        scale //= step.grows
-        rects.append(seen(step, rects[-1], height * scale, width * scale))
-    return tuple(rects[::-1])
+        margins.append(-(-(margins[-1] + step.after) // step.grows) + step.before)
+    return tuple(math.ceil(margin * reach) for margin in reversed(margins))
+
+
+def rects_through(steps: Sequence[Step], core: Rect, height: int, width: int, reach: float = 1.0) -> tuple[Rect, ...]:
+    """What a window covers before each step, and after the last: each in its own resolution. With all their reach it is right in its core."""
+    rects, scale = [], 1
+    for margin, grows in zip(margins_of(steps, reach), (*(step.grows for step in steps), 1)):
+        rects.append(grown(scaled(core, scale), margin, height * scale, width * scale))
+        scale *= grows
+    return tuple(rects)
 
 
 def parts_of(rect: Rect, largest: int) -> list[Rect]:
@@ -92,23 +105,30 @@ class Price:
     height: int
     width: int
 
-    def of(self, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+    def of(self, rows: torch.Tensor, cols: torch.Tensor, reach: float = 1.0) -> torch.Tensor:
         """The steps of windows with cores of so many rows and columns, inside a picture."""
-        margin, scale, total = 0, math.prod(step.grows for step in self.decoder.steps), torch.zeros(())
-        for step in reversed(self.decoder.steps):
-            margin += step.after
+        scale, total = 1, torch.zeros(())
+        for margin, step in zip(margins_of(self.decoder.steps, reach), self.decoder.steps):
             sides = [torch.minimum(cells * scale + 2 * margin, torch.tensor(most * scale)) for cells, most in ((rows, self.height), (cols, self.width))]
-            total = total + step.weights * sides[0].double() * sides[1]
-            scale //= step.grows
-            margin = -(-margin // step.grows) + step.before
+            scale *= step.grows
+            total = total + step.weights * step.grows ** 2 * sides[0].double() * sides[1]
         return total
 
     def of_one(self, rows: int, cols: int) -> float:
         return float(self.of(torch.tensor(rows), torch.tensor(cols)))
 
     @property
+    def of_sample(self) -> float:
+        return float(self.of(torch.tensor(BLOCK), torch.tensor(BLOCK), REACH))
+
+    @property
     def whole(self) -> float:
         return self.entry(1.0) + self.of_one(self.height, self.width)
+
+    def of_plan(self, plan: Plan) -> float:
+        """All that is done for the windows of a plan, samples included."""
+        entry = self.entry(float(plan.near.float().mean()) if plan.samples else 1.0)
+        return entry + sum(self.of_one(core.height, core.width) for core in plan.windows) + plan.samples * self.of_sample
 
     def entry(self, near: float) -> float:
         """What is done once, for the whole picture, where a share `near` of the cells counts."""
@@ -121,21 +141,37 @@ def cover(active: torch.Tensor, price: Price, largest: int) -> list[Rect]:
     """Rectangles of whole blocks that hold all active cells, cut where that makes them cheaper.
 
     active: bool, (height, width). largest: the longest side. From the smallest rectangle around everything, as long as two are
-    cheaper than one.
+    cheaper than one, or three.
     """
     height, width = active.shape
     active, largest = F.max_pool2d(active[None, None].float(), BLOCK, ceil_mode=True)[0, 0] > 0, max(largest // BLOCK, 1)
-    boxes, found = [Rect(0, 0, *active.shape)], []
-    while boxes:
-        box = _tight(active, boxes.pop())
-        if box is None:
-            continue
-        cost, halves = _best_cut(active, box, price, largest)
-        if cost < 0.999 * float(_in_parts(price, torch.tensor(box.height), torch.tensor(box.width), largest)):
-            boxes += halves
-        else:
-            found += parts_of(box, largest)
+    found = _cheapest(active, Rect(0, 0, *active.shape), price, largest)[1]
     return sorted((grown(scaled(rect, BLOCK), 0, height, width) for rect in found), key=lambda rect: (rect.top, rect.left))
+
+
+def _cheapest(active: torch.Tensor, box: Rect, price: Price, largest: int) -> tuple[float, list[Rect]]:
+    """The cost of what is active in a box, and the rectangles of it."""
+    box = _tight(active, box)
+    if box is None:
+        return 0.0, []
+    alone, cuts = _alone(box, price, largest), _cuts(active, box, price, largest)
+    if cuts and cuts[0][0] >= 0.999 * alone:
+        # Two cuts may save what neither saves by itself.
+        cuts = sorted(((sum(_after_a_cut(active, half, price, largest) for half in halves), halves) for _, halves in cuts[:AHEAD]), key=lambda cut: cut[0])
+    if not cuts or cuts[0][0] >= 0.999 * alone:
+        return alone, parts_of(box, largest)
+    costs, rects = zip(*(_cheapest(active, half, price, largest) for half in cuts[0][1]))
+    return sum(costs), [rect for found in rects for rect in found]
+
+
+def _after_a_cut(active: torch.Tensor, box: Rect, price: Price, largest: int) -> float:
+    """What a box costs at most, cut once or not."""
+    box = _tight(active, box)
+    return min([_alone(box, price, largest)] + [cost for cost, _ in _cuts(active, box, price, largest)[:1]])
+
+
+def _alone(box: Rect, price: Price, largest: int) -> float:
+    return float(_in_parts(price, torch.tensor(box.height), torch.tensor(box.width), largest))
 
 
 def _tight(active: torch.Tensor, box: Rect) -> Rect | None:
@@ -146,22 +182,24 @@ def _tight(active: torch.Tensor, box: Rect) -> Rect | None:
     return Rect(box.top + int(rows.min()), box.left + int(cols.min()), box.top + int(rows.max()) + 1, box.left + int(cols.max()) + 1)
 
 
-def _best_cut(active: torch.Tensor, box: Rect, price: Price, largest: int) -> tuple[float, list[Rect]]:
-    """The cut across a box whose two parts, each as tight as it can be, cost the least."""
-    best, halves = math.inf, []
+def _cuts(active: torch.Tensor, box: Rect, price: Price, largest: int) -> list[tuple[float, tuple[Rect, Rect]]]:
+    """The cuts across a box between rows or columns that are not alike, and what its two parts cost, each as tight as it can be; the cheapest first."""
+    found = []
     part = active[box.top:box.bottom, box.left:box.right]
     for turned in (False, True):
         rows = part.T if turned else part
-        if len(rows) < 2:
+        places = ((rows[1:] != rows[:-1]).any(1).nonzero()[:, 0] + 1).tolist()
+        if not places:
             continue
         costs = _cost_of_heads(rows, price, largest, turned)[:-1] + _cost_of_heads(rows.flip(0), price, largest, turned)[:-1].flip(0)
-        if float(costs.min()) < best:
-            best, at = float(costs.min()), int(costs.argmin()) + 1
-            if turned:
-                halves = [Rect(box.top, box.left, box.bottom, box.left + at), Rect(box.top, box.left + at, box.bottom, box.right)]
-            else:
-                halves = [Rect(box.top, box.left, box.top + at, box.right), Rect(box.top + at, box.left, box.bottom, box.right)]
-    return best, halves
+        found += [(float(costs[place - 1]), turned, place) for place in places]
+    return [(cost, _halves(box, turned, place)) for cost, turned, place in sorted(found)]
+
+
+def _halves(box: Rect, turned: bool, place: int) -> tuple[Rect, Rect]:
+    if turned:
+        return Rect(box.top, box.left, box.bottom, box.left + place), Rect(box.top, box.left + place, box.bottom, box.right)
+    return Rect(box.top, box.left, box.top + place, box.right), Rect(box.top + place, box.left, box.bottom, box.right)
 
 
 def _cost_of_heads(rows: torch.Tensor, price: Price, largest: int, turned: bool) -> torch.Tensor:
@@ -214,7 +252,7 @@ def plan_decode(decoder: Decoder, active: torch.Tensor, largest: int) -> Plan:
     cost, all_of_it = (sum(price.of_one(core.height, core.width) for core in cores) for cores in (windows, everything))
     if not decoder.has_norms:
         return Plan(height, width, tuple(windows if cost < all_of_it else everything), 0, largest)
-    with_samples = price.entry(near) + cost + LEAST_SAMPLES * price.of_one(BLOCK, BLOCK)
+    with_samples = price.entry(near) + cost + LEAST_SAMPLES * price.of_sample
     if price.entry(1.0) + all_of_it <= max(AIM * share * price.whole, with_samples):
         return Plan(height, width, tuple(everything), 0, largest)
     return Plan(height, width, tuple(windows), sample_count(price, near, cost, share), largest)
@@ -223,7 +261,7 @@ def plan_decode(decoder: Decoder, active: torch.Tensor, largest: int) -> Plan:
 def sample_count(price: Price, near: float, windows: float, share: float) -> int:
     """How many samples there is room for beside windows of so many operations, where such a share of the picture changed."""
     room = min(AIM * share * price.whole - price.entry(near) - windows, MOST_SAMPLES * price.whole)
-    return max(int(room / price.of_one(BLOCK, BLOCK)), LEAST_SAMPLES)
+    return max(int(room / price.of_sample), LEAST_SAMPLES)
 
 
 def blocks_of(values: torch.Tensor, side: int = BLOCK) -> torch.Tensor:

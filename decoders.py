@@ -24,7 +24,7 @@ import comfy.ops
 import comfy.taesd.taesd as tiny
 
 # Queries that lie far from all windows attend for so many by so many cells at once.
-FAR_CELLS = 4
+FAR_CELLS = 8
 
 # Where more of the picture is near, it is not worth it.
 FULL = 0.85

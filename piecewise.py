@@ -22,9 +22,9 @@ import torch.nn.functional as F
 import comfy.model_management
 import comfy.ops
 
-from .decode_plan import BLOCK, LEAST_SAMPLES, Plan, area, blocks_of, cores_of, parts_of, rects_through, represented, scaled, seen, shrunk
+from .decode_plan import BLOCK, LEAST_SAMPLES, REACH, Plan, area, blocks_of, cores_of, margins_of, parts_of, rects_through, represented, scaled, seen, shrunk
 from .decoders import Decoder, Step
-from .utils import Rect
+from .utils import Rect, common_part
 
 log = logging.getLogger(__name__)
 
@@ -111,9 +111,7 @@ class Walk:
 
     def sides(self) -> tuple[int, ...]:
         """The longest side of what is computed at once before each step, and after the last: what a window of that size covers there."""
-        far = self.pace.side + 64  # from any border
-        rects = rects_through(self.steps, Rect(far, far, far + self.pace.side, far + self.pace.side), 3 * far, 3 * far)
-        return tuple(rect.height for rect in rects)
+        return tuple(self.pace.side * self.scale(index) + 2 * margin for index, margin in enumerate(margins_of(self.steps)))
 
 
 def begin(decoder: Decoder, plan: Plan, latent: torch.Tensor, limits: Limits, tell: Callable) -> Walk:
@@ -138,8 +136,8 @@ def cut(x: torch.Tensor, rect: Rect, origin: Rect) -> torch.Tensor:
     return x[..., rect.top - origin.top:rect.bottom - origin.top, rect.left - origin.left:rect.right - origin.left]
 
 
-def window_piece(walk: Walk, core: Rect) -> Piece:
-    rects = rects_through(walk.steps, core, *walk.size)
+def window_piece(walk: Walk, core: Rect, reach: float = 1.0) -> Piece:
+    rects = rects_through(walk.steps, core, *walk.size, reach)
     weights = None if walk.weights is None else cut(walk.weights, shrunk(core, BLOCK), Rect(0, 0, 0, 0))[None]
     return Piece(core, rects, cut(walk.features, rects[0], Rect(0, 0, 0, 0)).clone(), weights=weights)
 
@@ -148,7 +146,7 @@ def sample_pieces(walk: Walk) -> list[Piece]:
     """Samples that lie alike to the picture's border go through the decoder as one batch."""
     groups: dict = {}
     for core in walk.samples:
-        piece = window_piece(walk, core)
+        piece = window_piece(walk, core, REACH)
         first = piece.rects[0]
         lies = (first.top - core.top, first.left - core.left, first.bottom - core.top, first.right - core.left, core.height, core.width)
         groups.setdefault(lies, []).append(piece)
@@ -191,7 +189,7 @@ def normalised(norm: torch.nn.GroupNorm, x: torch.Tensor, moments: Moments) -> t
 def made(walk: Walk, piece: Piece, index: int, moments: Moments | None, rows: slice, part: Rect) -> tuple[torch.Tensor, bool]:
     """A part of what a step makes of a piece, for some of its samples; and whether what it keeps for a block's end goes on."""
     step, scale = walk.steps[index], walk.scale(index)
-    rect = seen(step, part, *(side * scale for side in walk.size))
+    rect = common_part(seen(step, part, *(side * scale for side in walk.size)), piece.rects[index])
     x, skip = (None if whole is None else cut(whole[rows], rect, piece.rects[index]).to(walk.limits.device) for whole in (piece.x, piece.skip))
     if step.norm is not None:
         # A block's shortcut takes what came in before its first normalisation.

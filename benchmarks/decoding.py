@@ -13,7 +13,7 @@ from measuring import table, timed
 from plans import BUDGETS, PHOTOS, load_photo, photo_tree
 from qtd_pack.compositing import composite
 from qtd_pack.decode import decode_changed
-from qtd_pack.decode_plan import BLOCK, Price, plan_decode
+from qtd_pack.decode_plan import Price, plan_decode
 from qtd_pack.decoders import Decoder, decoder_of
 from qtd_pack.placement import strength_raster
 from qtd_pack.quadtree import build_quadtree
@@ -35,9 +35,7 @@ def planned(decoder: Decoder, changed: torch.Tensor) -> float:
     """Operations of a decode of what changed, samples and all that is done once included, as a share of a whole decode's."""
     active = F.max_pool2d(changed[None, None].float(), decoder.cell_px)[0, 0] > 0
     price, plan = Price(decoder, *active.shape), plan_decode(decoder, active, WINDOW_PX // decoder.cell_px)
-    entry = price.entry(float(plan.near.float().mean()) if plan.samples else 1.0)
-    windows = sum(price.of_one(core.height, core.width) for core in plan.windows)
-    return (entry + windows + plan.samples * price.of_one(BLOCK, BLOCK)) / price.whole
+    return price.of_plan(plan) / price.whole
 
 
 def planned_rows(photos, side: int) -> list[tuple]:

@@ -1,6 +1,7 @@
 """Decoding only what changed, against decoding all of it and compositing."""
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import threading
@@ -15,7 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, load_module
-from qtd_pack import decode_plan, decoders, piecewise
+from counting import LiveBytes
+from qtd_pack import decode, decode_plan, decoders, piecewise
 from qtd_pack.compositing import composite
 from qtd_pack.decode import decode_changed
 from qtd_pack.nodes import QuadtreeDecode
@@ -75,6 +77,15 @@ def test_kept_pixels_are_the_originals_whatever_its_size(width, height):
     assert levels(result, original, ~kept)[0] > 1
 
 
+def test_kept_pixels_are_the_originals_where_a_cell_has_16_px():
+    original, vae = photo("coffee", 1920, 1080), autoencoders.of_kind("FLUX.2")
+    tree = part_changed(1080, 1920, (0, 96, 128, 224), leaf=64)
+    result = decode_changed(vae, autoencoders.latent_for(vae, 1072, 1920), original, tree)
+    kept = ~changed_of(tree, original)
+    assert vae.spacial_compression_decode() == 16 and result.shape == original.shape
+    assert torch.equal(result[:, kept], original[:, kept]) and levels(result, original, ~kept)[0] > 1
+
+
 @pytest.mark.parametrize("width, height, feather", [(203, 155, 32), (256, 192, 0), (200, 264, 64)])
 def test_the_tiny_autoencoder_gives_what_a_whole_decode_gives(width, height, feather):
     original = photo("astronaut", width, height)
@@ -118,7 +129,7 @@ def fitted():
     """Photos decoded whole and by the host's tiles, by an autoencoder whose pictures are pictures."""
     vae, found = autoencoders.fitted(), []
     with torch.inference_mode():
-        for name, budget in (("coffee", 0.25), ("chelsea", 0.2)):
+        for name, budget in (("coffee", 0.25), ("chelsea", 0.2), ("rocket", 0.25)):
             original = photo(name, 768, 512)
             latent = autoencoders.demo().encode(original)
             tree = build_quadtree(original, detail_budget=budget, min_leaf=32, max_leaf=256)
@@ -153,7 +164,7 @@ def test_operations_follow_the_share_that_changed(fitted):
     for original, latent, tree, _, operations in found:
         share = float(changed_of(tree, original).float().mean())
         _, here = counted(lambda: decode_changed(vae, latent, original, tree, window=512))
-        assert here < 1.5 * share * operations
+        assert here < 1.4 * share * operations
 
 
 def test_where_all_changed_it_is_never_more_than_the_hosts_tiled_decode(fitted):
@@ -165,22 +176,31 @@ def test_where_all_changed_it_is_never_more_than_the_hosts_tiled_decode(fitted):
     assert here < tiled
 
 
-@pytest.mark.parametrize("name", ["astronaut", "chelsea", "hubble_deep_field", "rocket"])
-@pytest.mark.parametrize("kind", ["SD", "TAESD"])
-def test_a_2048_px_photo_with_windows_of_512_costs_at_most_1_4_times_the_share(name, kind):
+@pytest.mark.parametrize("name", ["astronaut", "camera", "chelsea", "coffee", "hubble_deep_field", "moon", "retina", "rocket"])
+def test_a_2048_px_photo_with_windows_of_512_costs_at_most_1_4_times_the_share(name):
     picture = photo(name, 2048, 1536)
-    tree = build_quadtree(picture, detail_budget=0.25)
-    changed = changed_of(tree, picture)
-    active = F.max_pool2d(changed[None, None].float(), 8)[0, 0] > 0
-    decoder = full_size(kind)
-    plan = decode_plan.plan_decode(decoder, active, 64)
-    price = decode_plan.Price(decoder, *active.shape)
-    windows = sum(price.of_one(core.height, core.width) for core in plan.windows)
-    entry = price.entry(float(plan.near.float().mean()) if plan.samples else 1.0)
-    assert decoder.has_norms or all(max(core.height, core.width) <= 64 for core in plan.windows)
-    assert entry + windows + plan.samples * price.of_one(2, 2) < 1.4 * float(changed.float().mean()) * price.whole
+    for budget in (0.25, 0.4, 1.0):
+        changed = changed_of(build_quadtree(picture, detail_budget=budget), picture)
+        active = F.max_pool2d(changed[None, None].float(), 8)[0, 0] > 0
+        for kind in ("SD", "TAESD"):
+            price = decode_plan.Price(full_size(kind), *active.shape)
+            plan = decode_plan.plan_decode(price.decoder, active, 64)
+            assert price.of_plan(plan) < min(1.4 * float(changed.float().mean()), 1.01 if kind == "SD" else 1.15) * price.whole
 
 
+def test_the_price_of_a_plan_is_that_of_the_operations_that_are_counted_or_a_little_more(fitted):
+    vae, found = fitted
+    for original, latent, tree, *_ in found[:2]:
+        active = F.max_pool2d(changed_of(tree, original)[None, None].float(), 8)[0, 0] > 0
+        decoder = decoders.decoder_of(vae.first_stage_model, 1)
+        price, plan = decode_plan.Price(decoder, *active.shape), decode_plan.plan_decode(decoder, active, 32)
+        price = replace(price, decoder=replace(decoder, attention=0))  # which is not counted on a CPU
+        _, operations = counted(lambda: decode_changed(vae, latent, original, tree, window=256))
+        # Samples and windows at the picture's border have less around them than the price says.
+        assert plan.samples and 0.9 * price.of_plan(plan) < operations / 2 < 1.01 * price.of_plan(plan)
+
+
+@functools.lru_cache(maxsize=None)
 def full_size(kind: str) -> decoders.Decoder:
     with torch.device("meta"):
         if kind == "TAESD":
@@ -241,6 +261,44 @@ def test_no_convolution_sees_more_than_a_window(fitted):
         for handle in handles:
             handle.remove()
     assert seen and max(seen) <= (128 + 2 * 8) ** 2
+
+
+def test_no_part_takes_more_memory_than_a_window_and_no_more_of_them_waits_than_there_is_room_for(fitted, monkeypatch):
+    vae, found = fitted
+    original, latent, tree, *_ = found[0]
+    peaks: dict[str, list[int]] = {"begin": [], "made": []}
+
+    def counting(name, function):
+        def call(*args):
+            with LiveBytes() as live:
+                result = function(*args)
+            peaks[name].append(live.peak)
+            return result
+        return call
+
+    monkeypatch.setattr(piecewise, "made", counting("made", piecewise.made))
+    monkeypatch.setattr(decode, "begin", counting("begin", piecewise.begin))
+    decode_changed(vae, latent, original, tree, window=256)
+    with LiveBytes() as window:  # and what it looks at around it
+        vae.first_stage_model.decode(latent[..., 8:8 + 46, 8:8 + 46])
+    assert len(peaks["made"]) > 50
+    assert max(peaks["made"] + peaks["begin"]) < window.peak
+
+
+@pytest.mark.parametrize("room", [0, 2e6, 1e9])
+def test_what_there_is_no_room_for_waits_elsewhere(fitted, room):
+    """On a device without numbers, so that what lies there can be told from what lies here."""
+    vae, found = fitted
+    _, latent, *_ = found[0]
+    decoder, active = decoders.decoder_of(vae.first_stage_model, 1), torch.zeros(64, 96, dtype=torch.bool)
+    active[:20, :20] = active[30:50, 40:60] = active[50:, 70:90] = True
+    limits = piecewise.Limits(torch.device("cpu"), torch.device("meta"), room)
+    walk = piecewise.begin(decoder, decode_plan.plan_decode(decoder, active, 16), latent, limits, lambda cells: None)
+    pieces = [piecewise.window_piece(walk, core) for core in walk.together]
+    after = piecewise.stepped(walk, pieces, 0, None)
+    here = [piece.x.nbytes for piece in after if piece.x.device.type == "cpu"]
+    assert not pieces and len(after) == len(walk.together) >= 3
+    assert sum(here) <= room and (len(here) == len(after)) == (room == 1e9) and (len(here) == 0) == (room == 0)
 
 
 def test_the_vae_is_left_as_it_was_and_serves_two_threads_at_once(fitted):
@@ -464,7 +522,7 @@ def test_windows_that_cannot_all_wait_are_taken_by_themselves(fitted, monkeypatc
     monkeypatch.setattr(piecewise, "memory_to_wait_in", lambda: 2e7)
     result = decode_changed(vae, latent, original, tree, window=128)
     mean, largest = levels(result, composite(original, whole, tree), changed_of(tree, original))
-    assert mean < 3 and largest < 12
+    assert mean < 1.5 and largest < 6
 
 
 def test_what_a_window_covers_shrinks_to_its_core():

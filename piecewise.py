@@ -255,7 +255,8 @@ def waiting(walk: Walk, piece: Piece, index: int, x: torch.Tensor, goes_on: bool
 
 def stepped(walk: Walk, pieces: list[Piece], index: int, moments: Moments | None) -> list[Piece]:
     """All pieces after a step; the list that came in is emptied."""
-    todo, done, room = pieces[::-1], [], walk.limits.room
+    # The other half is for what they are before it.
+    todo, done, room = pieces[::-1], [], walk.limits.room / 2
     pieces.clear()
     while todo:
         done.append(taken(walk, todo.pop(), index, moments, room))

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,7 +21,8 @@ class Canvas:
 
     model: the host's, which its conditionings were made for. shape: of x, (B, C, [T,] height, width). patch: the side of the
     model's patch. prepared: what was made once for the run. copies: what was made for batches of windows; the second part of
-    a key is their windows. wraps: which axes are rings, see windows.py.
+    a key is their windows. wraps: which axes are rings, see windows.py. lock: held by whoever looks into these, as several
+    devices may evaluate windows at once.
     """
 
     model: object
@@ -30,6 +32,7 @@ class Canvas:
     prepared: dict
     copies: dict
     wraps: tuple[bool, bool] = (False, False)
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property
     def rows(self) -> int:

@@ -146,15 +146,32 @@ def _finish(part, view: View) -> None:
 def _cut_hint(part, view: View) -> None:
     """Give a copy of a control the windows' part of its hint, and of what is concatenated to that."""
     rects, size, canvas = view.rects, view.size, view.canvas
-    element, unshuffle = part.compression_ratio, getattr(getattr(part, "t2i_model", None), "unshuffle_amount", 1)
+    algorithm, element, unshuffle = part.upscale_algorithm, part.compression_ratio, getattr(getattr(part, "t2i_model", None), "unshuffle_amount", 1)
     cell_px = element * (part.vae.spacial_compression_encode() if part.vae is not None else 1)
     whole = _whole_hint(part, size, cell_px, unshuffle, canvas)
-    if part.vae is not None:
-        latent = _whole_latent(part, whole, canvas)
-        part.vae = _EncodedHint(part.vae, cell_px // element, cut_rows(latent, in_units_of(latent, rects, element, element), canvas.rows))
+    encoded = part.vae is not None and _whole_latent(part, whole, canvas)
     part.cond_hint_original = cut_padded(whole, rects, size, cell_px, unshuffle, canvas.rows)
-    concat = [scaled(value, size[0] * element, size[1] * element, part.upscale_algorithm) for value in part.extra_concat_orig]
+    if part.vae is not None:
+        _give_encoded(part, cell_px // element, cut_rows(encoded, in_units_of(encoded, rects, element, element), canvas.rows))
+    concat = [scaled(value, size[0] * element, size[1] * element, algorithm) for value in part.extra_concat_orig]
     part.extra_concat_orig = [cut_rows(value, in_units_of(value, rects, element, element), canvas.rows) for value in concat]
+
+
+def _give_encoded(part, px: int, latent: torch.Tensor) -> None:
+    """Let a control have the windows' latents for its hint, which has so many px per element of them.
+
+    Beside its VAE the host loads all models again, whatever else they are just doing: its own classes are left none.
+    """
+    if type(part).__module__ != comfy.controlnet.__name__ or "get_control" in vars(part):
+        part.vae = _EncodedHint(part.vae, px, latent)
+        return
+    part.cond_hint_original = latent if part.latent_format is None else part.latent_format.process_in(latent)
+    # Of the same size, no value is changed.
+    part.vae, part.latent_format, part.preprocess_image, part.upscale_algorithm = None, None, _as_it_is, "nearest-exact"
+
+
+def _as_it_is(hint: torch.Tensor) -> torch.Tensor:
+    return hint
 
 
 def _whole_hint(control, size: tuple[int, int], cell_px: int, unshuffle: int, canvas: Canvas) -> torch.Tensor:
@@ -179,7 +196,8 @@ def with_models_kept(encode):
     """Encode, and load again what the VAE has displaced."""
     loaded = comfy.model_management.loaded_models(only_currently_used=True)
     latent = encode()
-    comfy.model_management.load_models_gpu(loaded)
+    # The host lists models that are gone as None, and fails on them.
+    comfy.model_management.load_models_gpu([model for model in loaded if model is not None])
     return latent
 
 

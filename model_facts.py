@@ -12,6 +12,9 @@ from .conditioning import REFERENCES, cut_conds
 from .network_work import network_work
 from .windows import WindowCost
 
+# A device takes as long for fewer pixels of windows as for these, the size that models are made for.
+FILLING_PX = 1024 * 1024
+
 
 def patch_cells(model) -> int:
     """The side of the model's patch, in cells; 8 for a UNet, which halves its input three times."""
@@ -70,6 +73,17 @@ def windows_that_fit(model, conds, x, group, canvas, known: dict) -> int:
     if key not in known:
         known[key] = _asked_memory(model, conds, x, rects, canvas)
     return known[key]
+
+
+def windows_that_fill(rect, model, x) -> int:
+    """How many windows of this size a device is not faster without."""
+    cell_px = model.latent_format.spacial_downscale_ratio
+    return math.ceil(FILLING_PX / (x.shape[0] * math.prod(x.shape[2:-2]) * rect.height * rect.width * cell_px ** 2))
+
+
+def fills_devices(rect, model, x) -> bool:
+    """Whether one window is so large that the host had better share out its conditionings, whatever becomes of the last bit."""
+    return windows_that_fill(rect, model, x) == 1
 
 
 def _asked_memory(model, conds, x, rects, canvas) -> int:

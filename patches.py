@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -27,8 +28,11 @@ from .utils import Rect, in_units_of
 # In transformer_options: the windows of a batch, and the canvas that they are cut from.
 WINDOWS = "quadtree_tiled_diffusion_windows"
 
+# Where the host says which of several devices a batch is evaluated on.
+DEVICE = "multigpu_thread_device"
+
 # Of these, the host's state and ours, nothing is cut.
-PASSED_ON = frozenset({"wrappers", "callbacks", "sigmas", "sample_sigmas", "cond_or_uncond", "uuids", "context_window", "quadtree_tiled_diffusion", WINDOWS})
+PASSED_ON = frozenset({"wrappers", "callbacks", "sigmas", "sample_sigmas", "cond_or_uncond", "uuids", "context_window", "quadtree_tiled_diffusion", WINDOWS, DEVICE})
 
 # What is a model, or belongs to one, is not looked into.
 MODELS = (torch.Tensor, comfy.model_patcher.ModelPatcher, comfy.sd.VAE, comfy.sd.CLIP, comfy.latent_formats.LatentFormat)
@@ -42,7 +46,10 @@ def with_windows(model_options: dict, rects: Sequence[Rect], canvas: Canvas) -> 
 def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
     """Cut what patches hold to the windows that these rows are."""
     if WINDOWS in transformer_options:
-        transformer_options = cut_patches(transformer_options, *transformer_options[WINDOWS])
+        rects, canvas = transformer_options[WINDOWS]
+        device = transformer_options.get(DEVICE, canvas.device)
+        with canvas.lock:
+            transformer_options = cut_patches(transformer_options, rects, canvas if device == canvas.device else replace(canvas, device=device))
     return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 
@@ -63,13 +70,21 @@ def windows_are_alone(model_options: dict, canvas: Canvas) -> bool:
     return canvas.prepared["alone"]
 
 
+def home_of_patches(rects: tuple[Rect, ...], canvas: Canvas) -> torch.device | None:
+    """The device that has these windows' copies of patches, which count and keep what belongs to them; None if any will do."""
+    for key, copies in canvas.copies.items():
+        if key[:2] == ("patches", rects) and any(part is not original for original, part in copies.made.values()):
+            return key[2]
+    return None
+
+
 def bring_patches(hooks: comfy.hooks.HookGroup | None) -> bool:
     """True if a conditioning's hooks bring patches of their own into the model."""
     return hooks is not None and any(hook.hook_type == comfy.hooks.EnumHookType.TransformerOptions for hook in hooks.hooks)
 
 
 def _copies(rects: tuple[Rect, ...], canvas: Canvas) -> Copies:
-    key = "patches", rects
+    key = "patches", rects, canvas.device
     if key not in canvas.copies:
         view = View(rects, canvas.size, canvas)
         canvas.copies[key] = Copies(lambda path, value: _replaced(path, value, view), finish=lambda value, part: _go_on(value, part, canvas), closed=MODELS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from .blending import METHODS, SHIFTS, Blend, plan_blend, shift_offsets
 from .canvas import Canvas
 from .clock import Clock, falling_part
 from .denoise_schedule import EASE_CELLS, SCHEDULES, eased, on_steps, share_at, txt2img_share_at
+from .devices import Crew
 from .model_facts import is_compiled, patch_cells, window_cost
 from .placement import strength_raster
 from .quadtree import Quadtree
@@ -127,9 +129,14 @@ class Facts:
 
 @dataclass
 class Ledger:
-    """What is kept from one part of a chain of samplers to the next: copies for windows, what was asked and said, and counts."""
+    """What is kept from one part of a chain of samplers to the next: copies for windows, what was asked and said, and counts.
+
+    crew: the run's devices, (None,) if there is but one, () as long as nobody has looked. lock: of prepared and copies.
+    """
 
     batch_limit: int
+    crew: tuple[Crew | None, ...] = ()
+    lock: threading.RLock = field(default_factory=threading.RLock)
     prepared: dict = field(default_factory=dict)
     copies: dict = field(default_factory=dict)
     copied_rows: int = 0
@@ -312,7 +319,7 @@ class Run:
         wanted = {window.rect for window in plan.windows} if x.shape[0] == ledger.copied_rows else set()
         ledger.copies = {key: value for key, value in ledger.copies.items() if wanted.issuperset(key[1])}
         ledger.copied_rows = x.shape[0]
-        return Canvas(model, tuple(x.shape), x.device, patch_cells(model), ledger.prepared, ledger.copies, self.facts.sizes.wraps)
+        return Canvas(model, tuple(x.shape), x.device, patch_cells(model), ledger.prepared, ledger.copies, self.facts.sizes.wraps, ledger.lock)
 
     def original_of(self, x: torch.Tensor, model_options) -> torch.Tensor | None:
         """The original's rows and frames for an x that a node asks about; None if x is not, or not known to be, of this canvas."""

@@ -15,7 +15,8 @@ import logging
 import math
 import traceback
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,10 +24,12 @@ import comfy.model_management
 import comfy.patcher_extension
 
 from .blending import Blend
+from .canvas import Canvas
 from .conditioning import cut_conds, kind_of_window
-from .model_facts import windows_that_fit
+from .devices import Batch, Crew, Work, evened, find_crew, load_where_it_fits, one_by_one, options_of
+from .model_facts import fills_devices, windows_that_fill, windows_that_fit
 from .outcome import concluded
-from .patches import apply_model, windows_are_alone, with_windows
+from .patches import apply_model, home_of_patches, windows_are_alone, with_windows
 from .prompts import prompts_of_windows
 from .refusals import check_canvas, check_controls, check_guidance, check_latent, check_size
 from .sampling_run import Call, Run, Settings, like
@@ -35,6 +38,7 @@ from .utils import cut_latent, pieces, slices
 from .windows import group_windows
 
 KEY = "quadtree_tiled_diffusion"
+
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +99,8 @@ class TiledDiffusion(Settings):
         sizes = self.sizes(model.model)
         height, width = sizes.shape(sizes.sides[-1], *noise_shape[-2:])
         shape = [noise_shape[0] * max(self.tile_batch_size, 1), *noise_shape[1:-2], height, width]
-        return executor(model, min(shape, list(noise_shape), key=math.prod), conds, *args, **kwargs)
+        shape = min(shape, list(noise_shape), key=math.prod)
+        return load_where_it_fits(lambda: executor(model, shape, conds, *args, **kwargs), model)
 
 
 def _put_in_place(wrappers: dict) -> None:
@@ -157,13 +162,17 @@ def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
     plan, blend, active = run.plan(run.progress)
     run.ledger.count(plan, run.facts.grid)
     run.watch.look(model_options, conds)
-    model_options = run.watch.options(model_options)
+    crew, model_options = _crew_of(run, conds, model_options)
     canvas = run.canvas(model, x, plan)
     prompts = prompts_of_windows(conds, [window.rect for window in plan.windows], active, sigma, canvas)
     if plan.is_whole:
-        results = run.watch.evaluate(executor, model, list(prompts[0]), x, sigma, model_options)
+        options = model_options if crew is None or fills_devices(plan.windows[0].rect, model, x) else options_of(model_options, [crew.devices[0].key])
+        results = run.watch.evaluate(executor, model, list(prompts[0]), x, sigma, options)
     else:
-        results = _evaluate_windows(executor, model, dict(zip(plan.windows, prompts)), x, sigma, model_options, canvas, blend, conds)
+        totals = [None if cond is None else torch.zeros_like(x) for cond in conds]
+        windows = _Windows(run, executor, model, dict(zip(plan.windows, prompts)), x, sigma, model_options, canvas, blend, totals)
+        windows.evaluate(crew, conds)
+        results = [torch.zeros_like(x) if total is None else total for total in totals]
     if run.facts.original is None or run.least_share(run.progress) > 0:
         return results
     # Guidance of other nodes reads these results, too: a kept cell is the original in each of them.
@@ -175,42 +184,129 @@ def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
     return results
 
 
-def _evaluate_windows(executor, model, prompts: dict, x, sigma, model_options, canvas, blend: Blend, conds) -> list[torch.Tensor]:
-    """The weighted sum of the model's results over the windows, one per conditioning. prompts: the conds of each window."""
-    run = _run_of(model_options)
-    totals = [None if cond is None else torch.zeros_like(x) for cond in conds]
-    alone = windows_are_alone(model_options, canvas)
-    pending = deque(group_windows(list(prompts), lambda window: (kind_of_window(prompts[window], window.rect, canvas), window.rect if alone else None)))
-    while pending:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        group = _next_batch(pending, run, model, prompts, x, canvas)
-        rects = [window.rect for window in group]
-        try:
-            results = run.watch.evaluate(
-                executor, model, cut_conds([prompts[window] for window in group], rects, canvas), cut_latent(x, rects), sigma.repeat(len(group)),
-                with_windows(model_options, rects, canvas), len(group))
-        except comfy.model_management.OOM_EXCEPTION:
-            if len(group) == 1:
-                raise
-            _halve_batches(run, len(group))
-            results = None
-        if results is None:
-            pending.appendleft(group)
-            continue
-        _add_up(totals, results, group, blend)
-        del results  # or they would live beside the next batch's
-        run.tell_windows(len(prompts) - sum(map(len, pending)), len(prompts))
-    return [torch.zeros_like(x) if total is None else total for total in totals]
+def _crew_of(run: Run, conds, model_options: dict) -> tuple[Crew | None, dict]:
+    """The devices that windows are shared out to, None for one, and the options without those that cannot be used."""
+    if "multigpu_clones" not in model_options:
+        return None, model_options
+    stays = _what_stays(conds, model_options)
+    if stays is not None:
+        if "one device" not in run.ledger.warned:
+            run.ledger.warned.add("one device")
+            log.warning("%s: windows stay on one device", stays)
+        return None, options_of(model_options, ())
+    if not run.ledger.crew:
+        run.ledger.crew = (find_crew(model_options),)
+    crew = run.ledger.crew[0]
+    if crew is None:
+        return None, options_of(model_options, ())
+    return crew, options_of(model_options, [device.key for device in crew.devices])
 
 
-def _next_batch(pending: deque, run: Run, model, prompts: dict, x, canvas):
-    """Take the windows that are to be run next, as many of one kind as may be run at once."""
-    group = pending.popleft()
-    alone = run.watch.goes_alone(len(prompts), run.settings.tile_batch_size)
-    limit = 1 if alone else min(run.ledger.batch_limit, windows_that_fit(model, prompts[group[0]], x, group, canvas, run.ledger.fitting))
-    if len(group) > limit:
-        pending.appendleft(group[limit:])
-    return group[:limit]
+def _what_stays(conds, model_options: dict) -> str | None:
+    """What cannot be used on several devices at once."""
+    if "easycache" in model_options["transformer_options"]:
+        return "EasyCache compares one call of the model with the one before"
+    if any("gligen" in entry for entries in conds for entry in entries or ()):
+        return "GLIGEN's model is on one device"
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Windows:
+    """The windows of one evaluation, and what is needed to evaluate them. prompts: the conditionings of each window.
+
+    totals: the weighted sum of the model's results, one per conditioning, None where there is none.
+    """
+
+    run: Run
+    executor: Callable
+    model: object
+    prompts: dict
+    x: torch.Tensor
+    sigma: torch.Tensor
+    model_options: dict
+    canvas: Canvas
+    blend: Blend
+    totals: list[torch.Tensor | None]
+
+    def evaluate(self, crew: Crew | None, conds) -> None:
+        """Add the results of all windows to the totals."""
+        pending, work = self._batches(), Work(self._ask, self._take, self._halve, self._home)
+        if crew is None:
+            one_by_one(pending, self._next_batch, work)
+            return
+        self._prepare(conds, pending)
+        # What is learnt of foreign code decides which windows are one batch: first as on one device.
+        first = crew.devices[0].key
+        one_by_one(pending, self._next_batch, replace(work, ask=lambda batch, device: self._ask(batch, first)), enough=lambda: not self.run.watch.is_learning)
+        batches = []
+        while pending:
+            batches.append(self._next_batch(pending))
+        if len(batches) == len(self.prompts) == 1 and fills_devices(batches[0].windows[0].rect, self.model, self.x):
+            one_by_one(deque(batches), deque.popleft, work)
+            return
+        if not self.run.settings.tile_batch_size and not self.run.watch.counts_rows:
+            batches = evened(batches, len(crew.devices), lambda batch: windows_that_fill(batch.windows[0].rect, self.model, self.x))
+        crew.run(batches, work)
+
+    def _batches(self) -> deque[Batch]:
+        """The windows of one kind together, whatever their number."""
+        alone = windows_are_alone(self.model_options, self.canvas)
+        kind = lambda window: (kind_of_window(self.prompts[window], window.rect, self.canvas), window.rect if alone else None)
+        found, first = deque(), 0
+        for group in group_windows(list(self.prompts), kind):
+            rows = max(sum(len(entries) for entries in self.prompts[group[0]] if entries), 1)
+            rect = group[0].rect
+            found.append(Batch(first, group, len(group) * rows * self.run.facts.cost_of.of(rect.height, rect.width)))
+            first += len(group)
+        return found
+
+    def _prepare(self, conds, pending: Sequence[Batch]) -> None:
+        """Do once, before any device is at work, what loads models or changes their weights."""
+        for entry in (entry for entries in conds for entry in entries or ()):
+            if entry.get("hooks") is not None:
+                self.model.current_patcher.prepare_hook_patches_current_keyframe(self.sigma, entry["hooks"], self.model_options)
+        if pending and "hints" not in self.canvas.prepared:
+            self.canvas.prepared["hints"] = cut_conds([conds], [pending[0].windows[0].rect], self.canvas) and True
+
+    def _next_batch(self, pending: deque[Batch]) -> Batch:
+        """Take the windows that are to be run next, as many of one kind as may be run at once."""
+        batch, run = pending.popleft(), self.run
+        alone = run.watch.goes_alone(len(self.prompts), run.settings.tile_batch_size)
+        conds = self.prompts[batch.windows[0]]
+        limit = 1 if alone else min(run.ledger.batch_limit, windows_that_fit(self.model, conds, self.x, batch.windows, self.canvas, run.ledger.fitting))
+        if len(batch.windows) > limit:
+            first, rest = batch.split(limit)
+            pending.appendleft(rest)
+            return first
+        return batch
+
+    def _ask(self, batch: Batch, device: torch.device | None) -> Callable:
+        rects = [window.rect for window in batch.windows]
+        with self.canvas.lock:
+            conds = cut_conds([self.prompts[window] for window in batch.windows], rects, self.canvas)
+        options = with_windows(self.model_options if device is None else options_of(self.model_options, [device]), rects, self.canvas)
+        x, sigma = cut_latent(self.x, rects), self.sigma.repeat(len(rects))
+        return lambda: self.run.watch.evaluate(self.executor, self.model, conds, x, sigma, options, len(rects))
+
+    def _take(self, batch: Batch, results) -> None:
+        _add_up(self.totals, results, batch.windows, self.blend)
+        self.run.tell_windows(batch.first + len(batch.windows), len(self.prompts))
+
+    def _halve(self, size: int) -> int:
+        """From here on run half as many windows at once."""
+        ledger = self.run.ledger
+        if ledger.batch_limit > size // 2:
+            ledger.batch_limit = size // 2
+            log.info("out of memory with %d windows at once: going on with %d", size, ledger.batch_limit)
+        with self.canvas.lock:
+            self.canvas.copies.clear()
+        comfy.model_management.soft_empty_cache()
+        return size // 2
+
+    def _home(self, batch: Batch) -> torch.device | None:
+        with self.canvas.lock:
+            return home_of_patches(tuple(window.rect for window in batch.windows), self.canvas)
 
 
 def _add_up(totals, results, group, blend: Blend) -> None:
@@ -221,14 +317,6 @@ def _add_up(totals, results, group, blend: Blend) -> None:
         for total, part in zip(totals, parts):
             for here, there in pieces(window.rect, *total.shape[-2:]) if total is not None else ():
                 total[slices(here)].addcmul_(part[index][slices(there)], weight[slices(there)])
-
-
-def _halve_batches(run: Run, size: int) -> None:
-    """From here on run half as many windows at once."""
-    run.ledger.batch_limit = size // 2
-    run.ledger.copies.clear()
-    log.info("out of memory with %d windows at once: going on with %d", size, run.ledger.batch_limit)
-    comfy.model_management.soft_empty_cache()
 
 
 def _run_of(model_options) -> Run | None:

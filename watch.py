@@ -9,6 +9,7 @@ import threading
 import traceback
 import types
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -40,10 +41,7 @@ class Watch:
         self.on_model = on_model(patcher, model)
         self.found: list[Foreign] = []
         self.counts_rows = self.trusted = False
-        self.seen: set = set()
         self.seen_before: set = set()
-        self.inner: dict = {}
-        self.acted = self.together = False
         self.told = told
 
     def look(self, model_options: dict, conds: Iterable[Sequence[dict] | None]) -> None:
@@ -71,10 +69,13 @@ class Watch:
             return True
         return not self.trusted and any(not one.wraps for one in self.found)
 
-    def options(self, model_options: dict) -> dict:
-        """The options with what sees foreign code from outside and from inside; the same if there is none."""
-        if not self.found or not self.moves():
-            return model_options
+    @property
+    def is_learning(self) -> bool:
+        """Whether the next batch tells something that the ones after it depend on."""
+        return not self.counts_rows and not self.trusted and any(not one.wraps for one in self.found)
+
+    def _options(self, model_options: dict, look: _Look) -> dict:
+        """The options with what sees foreign code from outside and from inside."""
         options = model_options["transformer_options"]
         wrappers = dict(options.get("wrappers", {}))
         # Compiled code is left as it is, unless there is something foreign in it.
@@ -83,7 +84,7 @@ class Watch:
             several = wrappers.get(kind, {})
             # Ours comes first, and cuts what patches hold.
             first = dict(itertools.takewhile(lambda item: not any(map(is_foreign, item[1])), several.items()))
-            wrappers[kind] = {**first, OUTSIDE: [functools.partial(self._outside, kind)], **several, INSIDE: [functools.partial(self._inside, kind)]}
+            wrappers[kind] = {**first, OUTSIDE: [functools.partial(self._outside, look, kind)], **several, INSIDE: [functools.partial(self._inside, look, kind)]}
         watched = model_options | {"transformer_options": options | {"wrappers": wrappers}}
         if "model_function_wrapper" in model_options:
             watched["model_function_wrapper"] = functools.partial(self._around_function, model_options["model_function_wrapper"])
@@ -96,61 +97,61 @@ class Watch:
         """
         if not self.found or not self.moves():
             return executor(model, conds, x, sigma, model_options)
-        self.seen, self.acted, self.together = set(), False, windows > 1
+        look = _Look(windows > 1)
         try:
-            results = executor(model, conds, x, sigma, model_options)
+            results = executor(model, conds, x, sigma, self._options(model_options, look))
         except RuntimeError as error:
             culprit = self._culprit(error)
             if culprit is None or tuple(x.shape[-2:]) == self.size:
                 raise
             if windows == 1:
                 raise self._of_another_size(culprit.name, x, f"it failed: {error}") from error
-            self.acted = True
-        self.counts_rows, self.trusted = self.counts_rows or self.acted, True
-        if windows > 1 and self.acted:
+            look.acted = True
+        self.counts_rows, self.trusted = self.counts_rows or look.acted, True
+        if windows > 1 and look.acted:
             return None
-        self._check_memory(conds, x, results, model_options)
+        self._check_memory(look, conds, x, results, model_options)
         return results
 
-    def _with_watched_patches(self, value):
+    def _with_watched_patches(self, look: _Look, value):
         """Of options inside the model, a copy whose foreign patches are watched for whether they change anything."""
         if not isinstance(value, dict) or not value.get("patches"):
             return value
         patches = {
-            place: [_Watched(patch, self._around_patch) if is_patch(patch) and is_foreign(patch) else patch for patch in several]
+            place: [_Watched(patch, functools.partial(self._around_patch, look)) if is_patch(patch) and is_foreign(patch) else patch for patch in several]
             for place, several in value["patches"].items()}
         return value | {"patches": patches}
 
-    def _around_patch(self, patch, *args, **kwargs):
+    def _around_patch(self, look: _Look, patch, *args, **kwargs):
         given = _tensors(args, kwargs)
         result = patch(*args, **kwargs)
-        self.acted |= _tensors(args, kwargs) != given or not _tensors(result) <= given
+        look.acted |= _tensors(args, kwargs) != given or not _tensors(result) <= given
         return result
 
-    def _outside(self, kind: str, executor, x, *args, **kwargs):
+    def _outside(self, look: _Look, kind: str, executor, x, *args, **kwargs):
         """Around all wrappers of a kind: see whether the ones between here and _inside let everything through as it is."""
         place, foreign = (kind, threading.get_ident()), self._of_kind(kind)
         if kind == WrappersMP.APPLY_MODEL:
-            args = [self._with_watched_patches(value) for value in args]
-        self.inner[place] = None
+            args = [self._with_watched_patches(look, value) for value in args]
+        look.inner[place] = None
         given = _passed(x, *args, *kwargs.values())
         result = executor(x, *args, **kwargs)
-        inner = self.inner.pop(place)
+        inner = look.inner.pop(place)
         if foreign and inner is not None and inner != (given, _passed(result)):
-            self.acted = True
+            look.acted = True
         if kind == WrappersMP.APPLY_MODEL:
             self._check_size(foreign, x, result)
         return result
 
-    def _inside(self, kind: str, executor, x, *args, **kwargs):
+    def _inside(self, look: _Look, kind: str, executor, x, *args, **kwargs):
         values = x, *args, *kwargs.values()
         given, options = _passed(*values), _options_in(values)
-        self.seen.update((kind, index) for index in options.get("cond_or_uncond", ()))
-        if self.together and kind == WrappersMP.APPLY_MODEL and self._of_kind(kind):
+        look.seen.update((kind, index) for index in options.get("cond_or_uncond", ()))
+        if look.together and kind == WrappersMP.APPLY_MODEL and self._of_kind(kind):
             # A wrapper may let everything through and replace what it calls.
-            self.acted |= not {id(one.thing) for one in replaced_methods(executor.class_obj)} <= {id(one.thing) for one in self.on_model}
+            look.acted |= not {id(one.thing) for one in replaced_methods(executor.class_obj)} <= {id(one.thing) for one in self.on_model}
         result = executor(x, *args, **kwargs)
-        self.inner[kind, threading.get_ident()] = given, _passed(result)
+        look.inner[kind, threading.get_ident()] = given, _passed(result)
         return result
 
     def _around_function(self, function, apply_model, arguments: dict):
@@ -185,11 +186,11 @@ class Watch:
                     return one
         return None
 
-    def _check_memory(self, conds, x, results, model_options: dict) -> None:
+    def _check_memory(self, look: _Look, conds, x, results, model_options: dict) -> None:
         """Raise ValueError if the first conditioning's answer came without the model, which was asked before."""
         first = next((index for index, entries in enumerate(conds) if entries), None)
         for kind in KINDS:
-            if (kind, first) in self.seen:
+            if (kind, first) in look.seen:
                 self.seen_before.add((kind, first))
             elif (kind, first) in self.seen_before and not self._is_answer_without_memory(kind, results[first], x, model_options):
                 raise ValueError(
@@ -205,6 +206,18 @@ class Watch:
         if what not in self.told:
             self.told.add(what)
             log.warning(line, *values)
+
+
+@dataclass(eq=False)
+class _Look:
+    """What is seen of one evaluation. together: of several windows. seen: which conditionings the model was asked about, in
+    which kinds of wrappers. acted: whether foreign code changed anything. inner: what came to the model, in each thread.
+    """
+
+    together: bool
+    seen: set = field(default_factory=set)
+    acted: bool = False
+    inner: dict = field(default_factory=dict)
 
 
 class _Watched:

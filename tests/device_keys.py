@@ -1,0 +1,58 @@
+"""Several devices on one CPU: keys for it that are not equal, and a model on each as the host's own node puts it there."""
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import threading
+from unittest import mock
+
+import comfy.model_management
+import comfy.patcher_extension
+import torch
+from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
+from tiny_models import TinyModel, load
+
+KEYS = (torch.device("cpu"), *(torch.device("cpu", index) for index in range(3)))
+
+
+def on_devices(model: TinyModel, count: int) -> TinyModel:
+    """The model after MultiGPU CFG Split, which finds so many devices. The host asks its loader for a model anew for each."""
+    # The host fails on clones that are gone, as long as their weights live.
+    loaded = comfy.model_management.current_loaded_models
+    loaded[:] = [one for one in loaded if not one.is_dead()]
+    patcher = model.patcher.clone()
+    patcher.cached_patcher_init = (lambda: load.__wrapped__(model.name).patcher, ())
+    with mock.patch.object(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: list(KEYS)):
+        split = MultiGPUCFGSplitNode.execute(patcher, count).args[0]
+    assert [clone.load_device for clone in split.get_additional_models_with_key("multigpu")] == list(KEYS[1:count])
+    return dataclasses.replace(model, patcher=split)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A call of the model: on which device, in which thread, of how many cells."""
+
+    device: torch.device | None
+    thread: int
+    cells: int
+
+
+@contextlib.contextmanager
+def seen_calls(patcher):
+    """Every call of the model, in a list that fills while the patcher samples."""
+    calls: list[Seen] = []
+
+    def record(executor, x, *args, **kwargs):
+        options = next(value for value in (*args, *kwargs.values()) if isinstance(value, dict) and "cond_or_uncond" in value)
+        calls.append(Seen(options.get("multigpu_thread_device"), threading.get_ident(), x.numel()))
+        return executor(x, *args, **kwargs)
+
+    kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+    patcher.add_wrapper_with_key(kind, "seen_calls", record)
+    yield calls
+    patcher.remove_wrappers_with_key(kind, "seen_calls")
+
+
+def counted(calls: list[Seen]) -> dict[str, int]:
+    return dict(collections.Counter(str(call.device) for call in calls))

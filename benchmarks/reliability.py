@@ -32,6 +32,7 @@ FILE = Path(__file__).resolve().with_name("RELIABILITY.md")
 PARTS: dict[str, str] = {
     "fuzz": "fuzz.fuzz_part",
     "memory": "memory_runs.memory_part",
+    "mutation": "mutation.mutation_part",
 }
 
 Row = tuple[str, int, str]

@@ -37,3 +37,29 @@ def test_a_part_takes_the_place_of_its_own_table_only(reliability, tmp_path):
     reliability.write(["## doors\n\n| open |\n"], file)
     assert file.read_text("utf-8") == first.replace("| shut |", "| open |")
     assert first.startswith("# Reliability") and first.index("## doors") < first.index("## windows")
+
+
+def test_every_part_can_be_found(reliability):
+    assert "fuzz" in reliability.PARTS and "mutation" in reliability.PARTS
+    assert all(callable(reliability.find_part(name)) and reliability.find_part(name).__doc__ for name in reliability.PARTS)
+
+
+def test_mutants_are_of_every_module_and_each_has_tests(reliability):
+    mutation = sys.modules[reliability.find_part("mutation").__module__]
+    modules = {path.stem for path in ROOT.glob("*.py")} - {"__init__", "run"}
+    assert mutation.TESTS.keys() == modules
+    assert {name for names in mutation.TESTS.values() for name in (*names, *mutation.WIDER) if not (ROOT / "tests" / f"test_{name}.py").exists()} == set()
+    mutants = mutation.picked()
+    assert len(mutants) == 60 and {mutant.module for mutant in mutants} == modules
+    assert mutants == mutation.picked()
+
+
+def test_a_mutant_changes_one_place_and_is_still_python(reliability, tmp_path):
+    mutation = sys.modules[reliability.find_part("mutation").__module__]
+    file = tmp_path / "some.py"
+    file.write_text("def most(one, other):\n    if one > other and one:\n        return max(one,\n                   other)\n    return 1\n")
+    found = {mutant.change: mutant.applied(file.read_text()) for mutant in mutation.mutants_of(file)}
+    assert found["one > other -> (one >= other)"].splitlines()[1] == "    if (one >= other) and one:"
+    assert found["max(one, other) -> min(one, other)"].splitlines()[2:] == ["        return min(one, other)", "    return 1"]
+    assert found["1 -> 2"].splitlines()[-1] == "    return 2"
+    assert len(found) == 5 and all(compile(text, "some.py", "exec") for text in found.values())

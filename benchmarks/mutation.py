@@ -1,0 +1,243 @@
+"""Do our own tests see a line that is wrong? One line at a time is changed in a copy of the pack, and its tests are run there."""
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+AMOUNT = 60
+SEED = 15
+
+# Seconds of the processor for one file of tests; what takes longer is a loop without an end.
+LIMIT_S = 150
+
+# The tests of a module, the narrowest first; then what is tried if they see nothing.
+TESTS = {
+    "blending": ("windows", "spot_diffusion", "tiled_diffusion"),
+    "canvas": ("conditioning", "control", "wrap"),
+    "clock": ("clock", "foreign_samplers"),
+    "compositing": ("compositing", "quadtree"),
+    "conditioning": ("conditioning", "prompts", "wrap"),
+    "control": ("control", "foreign_controls"),
+    "copies": ("foreign_controls", "foreign_masks"),
+    "cover": ("windows", "cost", "wrap"),
+    "decode": ("decode",),
+    "decode_plan": ("decode",),
+    "decoders": ("decode",),
+    "denoise_schedule": ("denoise_schedule", "tiled_diffusion"),
+    "drawing": ("drawing", "quadtree"),
+    "foreign": ("foreign_wrappers", "foreign_controls"),
+    "masks": ("foreign_masks",),
+    "model_facts": ("model_facts", "tiled_diffusion"),
+    "network_work": ("model_facts", "cost"),
+    "nodes": ("nodes", "decode"),
+    "outcome": ("tiled_diffusion", "sampler_nodes", "foreign_samplers"),
+    "painting": ("painting", "preview"),
+    "patches": ("model_patches", "foreign_wrappers", "foreign_masks"),
+    "piecewise": ("decode",),
+    "placement": ("placement", "compositing"),
+    "preview": ("preview",),
+    "prompts": ("prompts",),
+    "quadtree": ("quadtree", "best_tree"),
+    "refusals": ("tiled_diffusion", "sampler_nodes", "foreign_wrappers"),
+    "region_nodes": ("region_nodes",),
+    "regions": ("regions", "region_nodes"),
+    "sampling_run": ("tiled_diffusion", "sampler_nodes", "foreign_samplers"),
+    "strengths": ("strengths", "quadtree"),
+    "tiled_diffusion": ("tiled_diffusion", "spot_diffusion", "sampler_nodes", "conditioning"),
+    "tones": ("tones",),
+    "utils": ("quadtree", "windows", "conditioning"),
+    "watch": ("foreign_wrappers",),
+    "windows": ("windows", "wrap", "cost"),
+}
+WIDER = ("tiled_diffusion", "fuzz")
+
+# What no test can see, and why: by module, function and change.
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+}
+
+SWAPPED = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+    ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult, ast.Div: ast.Mult,
+    ast.And: ast.Or, ast.Or: ast.And}
+NAMES = {"min": "max", "max": "min", "amin": "amax", "amax": "amin", "minimum": "maximum", "maximum": "minimum", "floor": "ceil", "ceil": "floor", "any": "all", "all": "any"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change. first, last: of what it takes the place of, (line, column), as ast counts them."""
+
+    module: str
+    function: str
+    first: tuple[int, int]
+    last: tuple[int, int]
+    before: str
+    after: str
+
+    @property
+    def change(self) -> str:
+        return f"{self.before} -> {self.after}"
+
+    def applied(self, source: str) -> str:
+        lines = source.encode().splitlines(keepends=True)
+        (row, start), (last_row, end) = self.first, self.last
+        joined = lines[row - 1][:start] + self.after.encode() + lines[last_row - 1][end:]
+        return b"".join([*lines[:row - 1], joined, *lines[last_row:]]).decode()
+
+
+def mutants_of(file: Path) -> list[Mutant]:
+    """All changes of the logic of a module: what is in functions, but for messages, logs and the nodes' schemas."""
+    found = []
+    tree = ast.parse(file.read_text("utf-8"))
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and function.name != "define_schema":
+            for statement in function.body:
+                found += [_mutant(file.stem, function.name, *pair) for pair in _changes(statement)]
+    return list({(mutant.first, mutant.after): mutant for mutant in found}.values())
+
+
+def _mutant(module: str, function: str, node: ast.AST, after: ast.AST) -> Mutant:
+    text = ast.unparse(after)
+    text = f"({text})" if isinstance(after, ast.expr) and not isinstance(after, (ast.Constant, ast.Call)) else text
+    return Mutant(module, function, (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset), ast.unparse(node), text)
+
+
+def _changes(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
+    """What may be changed in a node and all in it, and into what."""
+    if isinstance(node, (ast.Raise, ast.JoinedStr, ast.FunctionDef, ast.Assert)) or "log." in ast.unparse(node)[:4]:
+        return
+    yield from ((node, other) for other in _instead(node))
+    for name, child in ast.iter_fields(node):
+        if name not in ("annotation", "returns"):
+            for part in child if isinstance(child, list) else [child]:
+                if isinstance(part, ast.AST):
+                    yield from _changes(part)
+
+
+def _instead(node: ast.AST) -> Iterator[ast.AST]:
+    """What may stand in the place of a node."""
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        yield _with(node, ops=[SWAPPED[type(node.ops[0])]()])
+    if isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in SWAPPED and not _is_text_or_list(node):
+        yield _with(node, op=SWAPPED[type(node.op)]())
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield node.operand
+    if type(getattr(node, "value", None)) is int and isinstance(node, ast.Constant):
+        yield ast.Constant(node.value + 1)
+    if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", None)) in NAMES:
+        key = "id" if isinstance(node.func, ast.Name) else "attr"
+        yield _with(node, func=_with(node.func, **{key: NAMES[getattr(node.func, key)]}))
+    if isinstance(node, ast.IfExp):
+        yield _with(node, test=ast.UnaryOp(ast.Not(), node.test))
+    if isinstance(node, ast.AugAssign) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+        yield ast.Pass()
+    if isinstance(node, ast.Return) and not isinstance(node.value, (ast.Constant, type(None))):
+        yield ast.Return(ast.Constant(None))
+
+
+def _with(node: ast.AST, **changed) -> ast.AST:
+    other = copy.copy(node)
+    for name, value in changed.items():
+        setattr(other, name, value)
+    return other
+
+
+def _is_text_or_list(node: ast.AST) -> bool:
+    return any(isinstance(part, (ast.List, ast.Tuple, ast.JoinedStr, ast.ListComp)) or isinstance(getattr(part, "value", None), str) for part in ast.iter_child_nodes(node))
+
+
+def picked(amount: int = AMOUNT, seed: int = SEED) -> list[Mutant]:
+    """One mutant of every module and, for the rest, of modules by how much there is to change; no two of one line."""
+    draw = random.Random(seed)
+    by_module = {name: mutants_of(ROOT / f"{name}.py") for name in sorted(TESTS)}
+    pool = [mutant for mutants in by_module.values() for mutant in draw.sample(mutants, len(mutants))]
+    ordered = [draw.choice(mutants) for mutants in by_module.values()] + draw.sample(pool, len(pool))
+    found: dict = {}
+    for mutant in ordered:
+        if len(found) < amount:
+            found.setdefault((mutant.module, mutant.first[0]), mutant)
+    return sorted(found.values(), key=lambda mutant: (mutant.module, mutant.first))
+
+
+def run_tests(tree: Path, name: str) -> str | None:
+    """Run a file of tests of a copy of the pack in a process that has the host already: what failed first, or None."""
+    log = tree / "outcome.txt"
+    child = os.fork()
+    if not child:
+        _in_child(tree, name, log)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return f"test_{name}: no end within {LIMIT_S} s"
+    if os.WEXITSTATUS(status) == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", log.read_text("utf-8", errors="replace"), re.MULTILINE)
+    return failed[1].partition("[")[0].removeprefix("tests/") if failed else f"test_{name}"
+
+
+def _in_child(tree: Path, name: str, log: Path) -> None:
+    """Run pytest on the copy, with nothing of the pack in memory, and end."""
+    import resource
+
+    with contextlib.suppress(Exception):
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S))
+        os.chdir(tree)
+        sys.dont_write_bytecode = True
+        sys.path[:] = [entry for entry in sys.path if not Path(entry or ".").resolve().is_relative_to(ROOT)]
+        for module in [module for module, value in sys.modules.items() if str(getattr(value, "__file__", None) or "").startswith(f"{ROOT}{os.sep}")]:
+            del sys.modules[module]
+        import pytest
+
+        code = pytest.main(["-c", "tests/pytest.ini", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", f"tests/test_{name}.py"])
+        os._exit(int(code))
+    os._exit(99)
+
+
+def outcome_of(mutant: Mutant, tree: Path) -> str | None:
+    """The test that sees a mutant, or None. tree: a copy of the pack, which is left as it was."""
+    file = tree / f"{mutant.module}.py"
+    source = file.read_text("utf-8")
+    file.write_text(mutant.applied(source), "utf-8")
+    try:
+        names = dict.fromkeys((*TESTS[mutant.module], *WIDER))
+        return next((seen for name in names if (seen := run_tests(tree, name)) is not None), None)
+    finally:
+        file.write_text(source, "utf-8")
+
+
+def preload_host() -> None:
+    """Import what tests import of the host, so that each child has it."""
+    import comfy.controlnet  # noqa: F401
+    import comfy.sample  # noqa: F401
+    import comfy.sd  # noqa: F401
+    import nodes  # noqa: F401
+    import skimage.data  # noqa: F401
+
+
+def mutation_part() -> list[tuple[str, int, str]]:
+    """One line of the pack's logic is changed at a time; its tests have to fail."""
+    preload_host()
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "pack"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "shared", "__pycache__", "*.png"), symlinks=True)
+        rows = []
+        for mutant in picked():
+            seen = outcome_of(mutant, tree)
+            why = EQUIVALENT.get((mutant.module, mutant.function, mutant.change))
+            rows.append((f"`{mutant.module}.{mutant.function}`: `{mutant.change}`".replace("|", "/")[:160], 1, f"caught by {seen}" if seen else f"not caught: {why or 'open'}"))
+            print(rows[-1], flush=True)
+    caught = sum(outcome.startswith("caught") for *_, outcome in rows)
+    return [("lines of the pack's logic, changed one at a time", len(rows), f"{caught} caught by the module's tests"), *rows]

@@ -23,8 +23,7 @@ from pathlib import Path
 
 import torch
 
-from measuring import import_host, table
-from run_all import with_section
+from measuring import import_host, table, with_section
 
 FILE = Path(__file__).resolve().with_name("RELIABILITY.md")
 

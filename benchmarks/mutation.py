@@ -22,7 +22,7 @@ SEED = 15
 # Seconds of the processor for one file of tests; what takes longer is a loop without an end.
 LIMIT_S = 150
 
-# The tests of a module, the narrowest first; then what is tried if they see nothing.
+# The tests of a module, the narrowest first; then what is tried if they see nothing. Others have those of their own name, if any.
 TESTS = {
     "blending": ("windows", "spot_diffusion", "tiled_diffusion"),
     "canvas": ("conditioning", "control", "wrap"),
@@ -96,6 +96,17 @@ class Mutant:
         return b"".join([*lines[:row - 1], joined, *lines[last_row:]]).decode()
 
 
+def modules() -> list[str]:
+    """What holds the pack's logic."""
+    return sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ("__init__", "run"))
+
+
+def tests_of(module: str) -> list[str]:
+    """The files of tests that are asked, one after another, without their test_ and .py."""
+    names = TESTS.get(module, (module,))
+    return [name for name in dict.fromkeys((*names, *WIDER)) if (ROOT / "tests" / f"test_{name}.py").exists()]
+
+
 def mutants_of(file: Path) -> list[Mutant]:
     """All changes of the logic of a module: what is in functions, but for messages, logs and the nodes' schemas."""
     found = []
@@ -160,7 +171,7 @@ def _is_text_or_list(node: ast.AST) -> bool:
 def picked(amount: int = AMOUNT, seed: int = SEED) -> list[Mutant]:
     """One mutant of every module and, for the rest, of modules by how much there is to change; no two of one line."""
     draw = random.Random(seed)
-    by_module = {name: mutants_of(ROOT / f"{name}.py") for name in sorted(TESTS)}
+    by_module = {name: mutants_of(ROOT / f"{name}.py") for name in modules()}
     pool = [mutant for mutants in by_module.values() for mutant in draw.sample(mutants, len(mutants))]
     ordered = [draw.choice(mutants) for mutants in by_module.values()] + draw.sample(pool, len(pool))
     found: dict = {}
@@ -212,8 +223,7 @@ def outcome_of(mutant: Mutant, tree: Path) -> str | None:
     source = file.read_text("utf-8")
     file.write_text(mutant.applied(source), "utf-8")
     try:
-        names = dict.fromkeys((*TESTS[mutant.module], *WIDER))
-        return next((seen for name in names if (seen := run_tests(tree, name)) is not None), None)
+        return next((seen for name in tests_of(mutant.module) if (seen := run_tests(tree, name)) is not None), None)
     finally:
         file.write_text(source, "utf-8")
 

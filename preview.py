@@ -2,14 +2,19 @@
 
 The node keeps the picture's statistics with the server, under a key that goes to the browser with the node's result;
 the browser sends the key back with the settings that its widgets show. The tree is built by quadtree.py in both cases.
+
+Whoever can reach the server can ask, so a request takes bounded time and memory whatever it is, and nobody is told of a
+picture whose key he has not been given.
 """
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import hashlib
+import hmac
 import json
 import math
+import secrets
 import sys
 import threading
 from collections import OrderedDict
@@ -45,6 +50,12 @@ LONGEST_REQUEST = 1 << 20
 MOST_CELLS = 1 << 18
 MOST_LEAVES = 50_000
 LARGEST_LEAF = 8192
+MOST_PAINTED = 1 << 29  # cells, those under several squares counted for each
+
+# The server's threads belong to the host; so many requests are worked on, and so many may wait or arrive, at once.
+AT_ONCE = 2
+MOST_OPEN = 128
+SECONDS_TO_ARRIVE = 20.0
 
 NUMBERS = ("detail_budget", "content_threshold", "min_denoise", "max_denoise")
 SIDES = ("min_leaf", "max_leaf")
@@ -52,16 +63,17 @@ TEXTS = ("metric", "edits")
 
 
 class Pictures:
-    """Statistics of the pictures that were seen last, by a key made from them."""
+    """Statistics of the pictures that were seen last, by a key made from them and from a secret of this process."""
 
     def __init__(self):
+        self._secret = secrets.token_bytes(32)
         self._kept: OrderedDict[str, CellStatistics] = OrderedDict()
         self._lock = threading.Lock()
 
     def keep(self, cells: CellStatistics) -> str:
         """Keep a picture's statistics and return its key; what was used longest ago goes when there is too much."""
         cells = dataclasses.replace(cells, **{name: value.cpu() for name, value in vars(cells).items() if torch.is_tensor(value)})
-        key = _key(cells)
+        key = _key(cells, self._secret)
         with self._lock:
             self._kept[key] = cells
             self._kept.move_to_end(key)
@@ -95,12 +107,40 @@ def add_route(server) -> None:
     """Let the server keep pictures and answer for them; to be called before it starts."""
     pictures = server.app[PICTURES] = Pictures()
 
+    desk = _Desk(pictures)
+
     @server.routes.post(ROUTE)
     async def tree(request: web.Request) -> web.Response:
+        status, answer = await desk.answer(request)
+        # Whatever takes it for a page finds no tag in it.
+        text = json.dumps(answer).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+        return web.Response(text=text, status=status, content_type="application/json", headers={"X-Content-Type-Options": "nosniff"})
+
+
+class _Desk:
+    """Where requests are taken in: few at once, and none that is too long, too slow or of another kind."""
+
+    def __init__(self, pictures: Pictures):
+        self._pictures = pictures
+        self._open = 0
+        self._places = asyncio.Semaphore(AT_ONCE)
+
+    async def answer(self, request: web.Request) -> tuple[int, dict]:
+        if request.content_type != "application/json":
+            return 415, said(Refusal("no_json", "expected JSON."))
         if request.content_length is None or request.content_length > LONGEST_REQUEST:
-            return web.json_response(said(Refusal("too_long", "The settings are too long. Make `edits` shorter or empty.")), status=413)
-        status, answer = await asyncio.to_thread(answer_to, pictures, await request.read())
-        return web.json_response(answer, status=status)
+            return 413, said(Refusal("too_long", "The settings are too long. Make `edits` shorter or empty."))
+        if self._open >= MOST_OPEN:
+            return 503, said(Refusal("busy", "The server is asked for too many trees at once. Change a setting to ask again."))
+        self._open += 1
+        try:
+            body = await asyncio.wait_for(request.read(), SECONDS_TO_ARRIVE)
+            async with self._places:
+                return await asyncio.to_thread(answer_to, self._pictures, body)
+        except asyncio.TimeoutError:
+            return 408, said(Refusal("slow", "The settings did not arrive in time. Change a setting to ask again."))
+        finally:
+            self._open -= 1
 
 
 def teller(node_id: str) -> Callable[..., None] | None:
@@ -191,17 +231,21 @@ def describe(tree: Quadtree, painted: torch.Tensor) -> dict:
 
 def _answer(cells: CellStatistics, settings: dict) -> dict:
     """Describe the tree, unless it is too large to be drawn."""
-    amount = math.ceil(cells.height / settings["min_leaf"]) * math.ceil(cells.width / settings["min_leaf"])
+    rows, cols = (math.ceil(length / settings["min_leaf"]) for length in (cells.height, cells.width))
+    amount = rows * cols
     if amount > MOST_CELLS:
         raise Refusal(
             "too_many_cells", "{amount} leaves of {min_leaf} px are too many to be drawn here. The run itself is not affected.",
             amount=amount, min_leaf=settings["min_leaf"])
+    edits = parse_edits(settings["edits"])
+    if edits is not None and sum(min((square.side * cols / edits.width + 1) * (square.side * rows / edits.height + 1), amount) for square in edits.squares) > MOST_PAINTED:
+        raise Refusal("too_long", "The settings are too long. Make `edits` shorter or empty.")
     tree = tree_of(cells, **settings)
     if len(tree.leaves) > MOST_LEAVES:
         raise Refusal(
             "too_many_leaves", "{amount} leaves are too many to be drawn here, where at most {most} are. The run itself is not affected.",
             amount=len(tree.leaves), most=MOST_LEAVES)
-    return describe(tree, painted_cells(tree, parse_edits(settings["edits"])))
+    return describe(tree, painted_cells(tree, edits))
 
 
 def _checked_settings(given) -> dict:
@@ -213,7 +257,7 @@ def _checked_settings(given) -> dict:
     ):
         for name in names:
             value = given.get(name)
-            if type(value) not in kinds or (type(value) is float and not math.isfinite(value)):
+            if type(value) not in kinds or (name in NUMBERS and not abs(value) <= sys.float_info.max):
                 raise Refusal(code, "{name}: expected " + kind + ", got {got!r}.", name=name, got=str(value)[:80])
     settings = {name: given[name] for name in NUMBERS + SIDES + TEXTS}
     if settings["min_leaf"] < FINEST_PX or settings["max_leaf"] > LARGEST_LEAF:
@@ -225,10 +269,12 @@ def _checked_settings(given) -> dict:
     return settings
 
 
-def _key(cells: CellStatistics) -> str:
-    found = hashlib.sha256(f"{cells.height} {cells.width} {cells.cell_px}".encode())
-    for values in (cells.sums, cells.squares):
-        found.update(values.contiguous().numpy())
+def _key(cells: CellStatistics, secret: bytes) -> str:
+    """The same for equal pictures, and not to be found out by who knows the picture but not the secret."""
+    found = hmac.new(secret, f"{cells.height} {cells.width} {cells.cell_px}".encode(), hashlib.sha256)
+    for values in (cells.sums, cells.squares, cells.gradients):
+        if values is not None:
+            found.update(values.contiguous().numpy())
     return found.hexdigest()
 
 

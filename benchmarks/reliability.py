@@ -32,6 +32,7 @@ PARTS: dict[str, str] = {
     "fuzz": "fuzz.fuzz_part",
     "memory": "memory_runs.memory_part",
     "mutation": "mutation.mutation_part",
+    "route": "hostile_requests.route_part",
 }
 
 Row = tuple[str, int, str]

@@ -23,3 +23,9 @@ def of_host(module: str, name: str):
 def needs(what: str, has) -> pytest.MarkDecorator:
     """A mark that skips a test on a host without `what`, and says so."""
     return pytest.mark.skipif(not has, reason=f"this host, ComfyUI {__version__}, has no {what}")
+
+
+def module_needs(what: str, has) -> None:
+    """Skip the module that calls this on a host without `what`, and say so."""
+    if not has:
+        pytest.skip(f"this host, ComfyUI {__version__}, has no {what}", allow_module_level=True)

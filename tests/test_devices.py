@@ -6,6 +6,10 @@ import logging
 import threading
 import time
 
+from hosts import module_needs, of_host
+
+module_needs("work on several devices", of_host("comfy.multigpu", "MultiGPUThreadPool"))  # what is imported below comes from there
+
 import comfy.hooks
 import comfy.model_management
 import comfy.multigpu

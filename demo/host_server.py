@@ -87,8 +87,8 @@ class HostServer:
 
     def __init__(self, host: Path, base: Path, arguments: tuple[str, ...] = ("--cpu",), python: str = sys.executable):
         self.host, self.base, self.arguments, self.python = Path(host), Path(base), tuple(arguments), python
-        self.log_file = self.base / "server.log"
         self.url = f"http://127.0.0.1:{free_port()}"
+        self.log_file = self.base / f"server-{self.port}.log"
         self.process: subprocess.Popen | None = None
 
     def __enter__(self) -> HostServer:
@@ -105,11 +105,16 @@ class HostServer:
     def __exit__(self, *_) -> None:
         self.stop()
 
+    @property
+    def port(self) -> str:
+        return self.url.rpartition(":")[2]
+
     def _command(self) -> list[str]:
-        database = (self.base / "user/comfyui.db").as_posix()
+        # One for each server of these folders, since the host locks it.
+        database = (self.base / f"user/comfyui-{self.port}.db").as_posix()
         return [
             str(self.python), str(self.host / "main.py"), "--base-directory", str(self.base),
-            "--port", self.url.rpartition(":")[2], "--database-url", f"sqlite:///{database}",
+            "--port", self.port, "--database-url", f"sqlite:///{database}",
             "--disable-api-nodes", "--disable-auto-launch", *self.arguments,
         ]  # fmt: skip
 

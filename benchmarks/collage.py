@@ -7,7 +7,8 @@ whole canvas in one window is of one phase; windows that have each made up their
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+import statistics
+from dataclasses import dataclass, replace
 
 import comfy.patcher_extension
 import comfy.sample
@@ -17,19 +18,34 @@ from qtd_pack.tiled_diffusion import KEY, TiledDiffusion
 from sampling import even_tree, load
 from tiny_models import with_prediction
 
-PICTURE_PX = 768
-WINDOW_PX = 256
 CELL_PX = 8
-OVERLAPS_PX = (0, 16, 32, 64, 128)
 STEPS = 20
-SEEDS = 4
 PHASES = 16
 PERIOD = 32
 # A wave so faint that a window has made up its mind after the first steps, and not in the first.
 HEIGHT = 0.05
 # How well a reference tells the phase: the noise on it, in heights of the wave.
 REFERENCES = {"none": math.inf, "faint": 110.0, "clear": 20.0}
-GRIDS = ("Mixture of Diffusers", "MultiDiffusion", "Mixture of Diffusers, moving", "SpotDiffusion")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How windows are laid and joined; three of them side by side are the picture. moving: the grid is another one at every step, and blends."""
+
+    window_px: int
+    overlap_px: int
+    method: str = "Mixture of Diffusers"
+    moving: bool = False
+
+    def settings(self) -> TiledDiffusion:
+        tree = even_tree(1.0, 3 * self.window_px, 3 * self.window_px)
+        return TiledDiffusion(
+            tree, method=self.method, min_window=self.window_px, max_window=self.window_px, tile_overlap=self.overlap_px, window_shapes="square", shift_method="fibonacci")
+
+
+WAYS = (
+    *(Way(256, overlap) for overlap in (0, 16, 32, 64, 96, 128)), Way(256, 64, "MultiDiffusion"), Way(256, 32, moving=True), Way(256, 64, moving=True),
+    Way(256, 0, "SpotDiffusion"), *(Way(512, overlap) for overlap in (64, 128, 192)))
 
 
 def waves(width: int) -> torch.Tensor:
@@ -56,33 +72,31 @@ def ideal(blur: float):
     return predict
 
 
-def with_moving_grid(patcher, seed: int):
-    """The windows' grid moves at every step, as SpotDiffusion's does, and windows blend as ever."""
+def with_moving_grid(patcher, side: int, seed: int):
+    """The windows' grid moves at every step, as SpotDiffusion's does, and windows blend as ever. side: of a window, in cells."""
     clone = patcher.clone()
 
     def move(executor, x, sigma, model_options, *args, **kwargs):
         run = model_options["transformer_options"][KEY]
-        offsets = shift_offsets("fibonacci", STEPS, WINDOW_PX // CELL_PX, 2, seed)
-        run.facts = replace(run.facts, offsets=offsets)
+        run.facts = replace(run.facts, offsets=shift_offsets("fibonacci", STEPS, side, 2, seed))
         return executor(x, sigma, model_options, *args, **kwargs)
 
     clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, "with_moving_grid", move)
     return clone
 
 
-def painted(model, settings: TiledDiffusion, blur: float, seed: int, moving: bool = False) -> torch.Tensor:
-    """What is sampled at strength 1, (16, height, width), in the model's scale."""
-    scale = model.patcher.model.latent_format
-    generator = torch.Generator().manual_seed(seed)
+def painted(model, way: Way, blur: float, seed: int) -> torch.Tensor:
+    """What is sampled from a picture that the model holds possible, (16, height, width), in the model's scale."""
+    scale, settings = model.patcher.model.latent_format, way.settings()
     size = settings.tree.height, settings.tree.width
     cells = [length // CELL_PX for length in size]
-    wave = waves(cells[1])[seed % PHASES][None, :, None].expand(1, 16, *cells)
-    reference = wave + HEIGHT * min(blur, 1e3) * torch.randn(wave.shape, generator=generator)
+    original = waves(cells[1])[seed % PHASES][None, :, None].repeat(1, 1, cells[0], 1)
+    noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(seed))
     patcher = settings.patched(with_prediction(model.patcher, ideal(blur)))
-    patcher = with_moving_grid(patcher, seed) if moving else patcher
+    patcher = with_moving_grid(patcher, way.window_px // CELL_PX, seed) if way.moving else patcher
     (text, values), = model.positive(*size)
-    conds = [[text, values | {"reference_latents": [scale.process_out(reference)]}]]
-    latent = model.latent(*size)
+    conds = [[text, values | {"reference_latents": [scale.process_out(original + HEIGHT * min(blur, 1e3) * noise)]}]]
+    latent = scale.process_out(original)
     samples = comfy.sample.sample(
         patcher, comfy.sample.prepare_noise(latent, seed), STEPS, 1.0, "euler", "simple", conds, conds, latent, seed=seed, disable_pbar=True)
     return scale.process_in(samples)[0]
@@ -108,26 +122,20 @@ def apart_at_random() -> float:
     return float(are_apart(torch.arange(PHASES)).double().mean())
 
 
-def collage_of(model, grid: str, overlap: int, blur: float) -> float:
+def collage_of(way: Way, reference: str = "none", seeds: int = 8) -> float:
     """apart, mean of the seeds."""
-    method, _, moving = grid.partition(", ")
-    settings = TiledDiffusion(
-        even_tree(1.0, PICTURE_PX, PICTURE_PX), method=method, min_window=WINDOW_PX, max_window=WINDOW_PX, tile_overlap=overlap, window_shapes="square", shift_method="fibonacci")
-    found = [apart(phases(painted(model, settings, blur, seed, bool(moving)), WINDOW_PX // CELL_PX)) for seed in range(SEEDS)]
-    return sum(found) / len(found)
+    model, side = load("flux_kontext"), way.window_px // CELL_PX
+    return statistics.mean(apart(phases(painted(model, way, REFERENCES[reference], seed), side)) for seed in range(seeds))
 
 
 def collage_rows() -> list[list]:
-    """A row for each grid and overlap: the share of neighbours that are apart, for each reference."""
-    model = load("flux_kontext")
-    rows = []
-    for grid in GRIDS:
-        for overlap in OVERLAPS_PX if grid != "SpotDiffusion" else (0,):
-            rows.append([grid, overlap, *(f"{collage_of(model, grid, overlap, blur):.2f}" for blur in REFERENCES.values())])
-    return rows
+    """A row for each way: the share of neighbours that are apart, for each reference."""
+    return [
+        [way.method + ", moving" * way.moving, way.window_px, way.overlap_px, *(f"{collage_of(way, reference):.2f}" for reference in REFERENCES)]
+        for way in WAYS]
 
 
-COLUMNS = "windows | overlap, px | no reference | a faint one | a clear one"
+COLUMNS = "way | window, px | overlap, px | no reference | a faint one | a clear one"
 
 
 def collage_text() -> str:
@@ -136,5 +144,5 @@ def collage_text() -> str:
 
     return (
         f"The share of neighbouring windows that end in different pictures at strength 1; {apart_at_random():.2f} if each made up its own. The model is an ideal one of pictures that are one wave, "
-        "and what it does not know is where the wave begins; the truth, the whole canvas in one window, is 0.00. A reference latent shows it where, through noise: each window sees its part. Windows of "
-        f"{WINDOW_PX} px in {PICTURE_PX} px, {STEPS} steps, {SEEDS} seeds. Moving: the grid is another one at every step, and blends.\n\n{table(COLUMNS, collage_rows())}")
+        "and what it does not know is where the wave begins; the truth, the whole canvas in one window, is 0.00. A reference latent shows it where, through noise: each window sees its part. "
+        f"Three windows by three, {STEPS} steps, eight seeds. Moving: the grid is another one at every step, and blends.\n\n{table(COLUMNS, collage_rows())}")

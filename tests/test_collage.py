@@ -1,31 +1,22 @@
 """Windows at full strength become one picture, and what is measured of that is what an eye sees."""
 from __future__ import annotations
 
-import pytest
 import torch
 from conftest import ROOT, load_module
-from sampling import load
 
 collage = load_module("qtd_collage", ROOT / "benchmarks" / "collage.py")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_seeds():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collage, "SEEDS", 2)
-        yield
-
-
-def found(overlap: int, reference: str, grid: str = "Mixture of Diffusers") -> float:
-    return collage.collage_of(load("flux_kontext"), grid, overlap, collage.REFERENCES[reference])
+def found(overlap_px: int, reference: str = "none") -> float:
+    return collage.collage_of(collage.Way(256, overlap_px), reference, seeds=2)
 
 
 def test_windows_that_share_nothing_each_make_up_their_own():
-    assert found(0, "none") > 0.3
+    assert found(0) > 0.3
 
 
-def test_windows_at_the_default_overlap_come_to_agree():
-    assert found(64, "none") <= 0.1
+def test_windows_that_share_half_of_themselves_come_to_agree():
+    assert found(128) == 0
 
 
 def test_windows_that_see_their_part_of_a_clear_reference_agree_with_it():

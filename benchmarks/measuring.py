@@ -88,6 +88,11 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.1f}"
 
 
+def busy() -> str:
+    """A sentence on the machine's load, empty where there is none to be had."""
+    return f"The machine's load was {os.getloadavg()[0]:.0f} at the end." if hasattr(os, "getloadavg") else ""
+
+
 def machine() -> str:
     """One paragraph: the date, the machine and the versions."""
     cpu = platform.processor() or platform.machine()

@@ -11,7 +11,7 @@ import comfy.samplers
 import comfy.sd
 import tiny_models
 from counting import step_bytes
-from measuring import milliseconds, table, timed
+from measuring import busy, milliseconds, table, timed
 from qtd_pack.tiled_diffusion import KEY, TiledDiffusion
 from sampling import calls_of, even_tree, load, sample, striped_tree, with_prediction
 
@@ -173,7 +173,7 @@ def budget_part(tiny: bool) -> tuple[str, list[dict]]:
         f"overlap 64 px; beside it what squares would cost. Measured: seconds of {STEPS} steps of a small model of FLUX's architecture, {WIDTH} wide, whose own planned cost stands beside it; at 1024 px "
         "windows, overlap and leaves are half as large. Limits: planned mean 0.24, 0.40 and 0.62 on the trees of one threshold; at 0.4 the measured mean within a tenth of this model's planned one. "
         "Cells as planned: those counted at `apply_model`. Width matters: in the tests' model, 128 wide, two thirds of a large window's operations are attention's, which a processor does much faster than "
-        "the rest, so that its time goes with tokens and not with operations.\n"), found
+        f"the rest, so that its time goes with tokens and not with operations. {busy()}\n"), found
 
 
 def memory_part(tiny: bool) -> str:

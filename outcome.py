@@ -19,12 +19,16 @@ def concluded(call: Call, samples: torch.Tensor, model) -> torch.Tensor:
     if not call.runs:
         return samples
     run = call.runs[-1]
+    for one in call.runs:
+        one.lookout.tell()
     restored = _restored(call, run, samples, model)
     samples = samples if restored is None else restored
     samples.flatten()[:1].tolist()  # waits for the device, so that the run's time is whole
     if call.ledger.calls:
         _report(call, run, restored is not None)
         _warn_if_little_changed(call, run)
+    if call.ledger.lost and call.settings.tell is not None:
+        call.settings.tell(call.ledger.lost[0], failed=True)
     return samples
 
 

@@ -21,6 +21,7 @@ from .canvas import Canvas
 from .clock import Clock, falling_part
 from .denoise_schedule import EASE_CELLS, SCHEDULES, eased, on_steps, share_at, txt2img_share_at
 from .devices import Crew
+from .finite import Lookout
 from .model_facts import is_compiled, patch_cells, window_cost
 from .placement import strength_raster
 from .quadtree import Quadtree
@@ -131,7 +132,7 @@ class Facts:
 class Ledger:
     """What is kept from one part of a chain of samplers to the next: copies for windows, what was asked and said, and counts.
 
-    crew: the run's devices, (None,) if there is but one, () as long as nobody has looked. lock: of prepared and copies.
+    crew: the run's devices, (None,) if there is but one, () if nobody has looked. lock: of prepared and copies. lost: see finite.py.
     """
 
     batch_limit: int
@@ -142,6 +143,7 @@ class Ledger:
     copied_rows: int = 0
     fitting: dict = field(default_factory=dict)
     warned: set = field(default_factory=set)
+    lost: list[str] = field(default_factory=list)
     calls: int = 0
     windows: int = 0
     grid_windows: int = 0
@@ -186,7 +188,7 @@ class Call:
         facts = self._facts(guider, schedule, noise, latent)
         clock = Clock(own_sigmas, schedule, counts=not _has_own_steps(sampler))
         watch = Watch(guider.model_patcher, guider.inner_model, facts.shape[-2:], lambda: not run.sees_one_window(), self.ledger.warned)
-        run = Run(self, facts, clock, watch)
+        run = Run(self, facts, clock, watch, Lookout(guider.inner_model.latent_format.spacial_downscale_ratio, self.ledger.lost))
         self.runs.append(run)
         return run
 
@@ -257,6 +259,7 @@ class Run:
     facts: Facts
     clock: Clock
     watch: Watch
+    lookout: Lookout
     plans: dict = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
     whole_x: torch.Tensor | None = None
@@ -337,14 +340,22 @@ class Run:
         rows = [next((kept for kept, row in zip(original, whole) if torch.equal(part, row)), None) for part in x]
         return None if any(row is None for row in rows) else torch.stack(rows).to(x)
 
+    def look_at(self, denoised: torch.Tensor) -> None:
+        """Learn which cells of a call's result are numbers."""
+        self.lookout.look(denoised, self.step, self.facts.steps, [window.rect for window in self.plan(self.progress)[0].windows])
+
+    @property
+    def step(self) -> int:
+        """The number of the step that the sampler is in, from 1."""
+        return min(int(self.progress * self.facts.steps + 1e-5) + 1, self.facts.steps)
+
     def tell_windows(self, done: int, amount: int) -> None:
         """Tell how far a step is, now and then; a step that takes no time is not worth a line."""
         ledger, steps = self.ledger, self.facts.steps
         if self.settings.tell is None or time.monotonic() < ledger.told + TELL_EVERY:
             return
         ledger.told = time.monotonic()
-        step = min(int(self.progress * steps + 1e-5) + 1, steps)
-        self.settings.tell(f"step {step} of {steps}: {done} of {amount} windows", step=step, steps=steps, done=done, amount=amount)
+        self.settings.tell(f"step {self.step} of {steps}: {done} of {amount} windows", step=self.step, steps=steps, done=done, amount=amount)
 
 
 def strengths_in_cells(tree: Quadtree, height: int, width: int, skip_below: float = 0.0, cell_px: int = 1) -> torch.Tensor:

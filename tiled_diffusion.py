@@ -143,6 +143,7 @@ def _predict_noise(executor, x, sigma, model_options={}, *args, **kwargs):
     run.whole_x = x
     denoised = executor(x, sigma, model_options, *args, **kwargs)
     run.whole_x = None
+    run.look_at(denoised)
     original = None if run.facts.original is None else like(run.facts.original, denoised)
     hold = hold_at(run.settings.hold_tones, progress)
     if hold and original is not None:

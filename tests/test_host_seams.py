@@ -105,10 +105,10 @@ SEAMS = [
 # What is used of the host's objects: what the object is, how a test gets one, and by name of the attribute the files that use it.
 OBJECTS = {
     "a loaded model's patcher": (lambda: load("flux_dev").patcher, {
-        "injections": "foreign", "model": "model_facts tiled_diffusion", "model_options": "model_facts tiled_diffusion",
-        "object_patches": "foreign", "wrappers": "tiled_diffusion"}),
+        "get_additional_models_with_key": "devices", "injections": "foreign", "load_device": "devices", "model": "devices model_facts tiled_diffusion", "model_options": "model_facts tiled_diffusion",
+        "object_patches": "foreign", "prepare_hook_patches_current_keyframe": "tiled_diffusion", "set_additional_models": "devices", "wrappers": "tiled_diffusion"}),
     "a model": (lambda: load("flux_dev").patcher.model, {
-        "current_patcher": "model_facts", "diffusion_model": "conditioning model_facts", "latent_format": "sampling_run tiled_diffusion"}),
+        "current_patcher": "model_facts tiled_diffusion", "diffusion_model": "conditioning model_facts", "latent_format": "sampling_run tiled_diffusion"}),
     "FLUX's network": (lambda: load("flux_dev").patcher.model.diffusion_model, {"hidden_size": "model_facts", "patch_size": "model_facts"}),
     "SD3's network": (lambda: load("sd3").patcher.model.diffusion_model.x_embedder, {"patch_size": "model_facts"}),
     "LTX-Video's network": (lambda: load("ltxv").patcher.model.diffusion_model, {"patchifier": "model_facts", "vae_scale_factors": "conditioning"}),

@@ -16,11 +16,15 @@ from tiny_models import TinyModel, load
 KEYS = (torch.device("cpu"), *(torch.device("cpu", index) for index in range(3)))
 
 
-def on_devices(model: TinyModel, count: int) -> TinyModel:
-    """The model after MultiGPU CFG Split, which finds so many devices. The host asks its loader for a model anew for each."""
-    # The host fails on clones that are gone, as long as their weights live.
+def forget_the_dead() -> None:
+    """Of clones that are gone while their weights live: on them the host fails, or collects garbage at every run."""
     loaded = comfy.model_management.current_loaded_models
     loaded[:] = [one for one in loaded if not one.is_dead()]
+
+
+def on_devices(model: TinyModel, count: int) -> TinyModel:
+    """The model after MultiGPU CFG Split, which finds so many devices. The host asks its loader for a model anew for each."""
+    forget_the_dead()
     patcher = model.patcher.clone()
     patcher.cached_patcher_init = (lambda: load.__wrapped__(model.name).patcher, ())
     with mock.patch.object(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: list(KEYS)):

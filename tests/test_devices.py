@@ -21,14 +21,13 @@ import tiny_controls
 import torch
 from comfy_extras.nodes_easycache import EasyCacheNode
 from device_keys import KEYS, counted, forget_the_dead, on_devices, seen_calls
-from foreign_patches import with_several
 from nodes import ControlNetApplyAdvanced
 from sampling import SIDE_PX, calls_of, even_tree, load, patched, sample, striped_tree, with_prediction
 from tiny_models import drawer
 
 from qtd_pack.devices import Batch, Crew, Device, Work, evened, find_crew, shares
 from qtd_pack.prompts import region_conditioning
-from qtd_pack.tiled_diffusion import KEY, TiledDiffusion
+from qtd_pack.tiled_diffusion import TiledDiffusion
 
 FAMILIES = ("flux_schnell", "sd15", "qwen_image", "wan21_t2v", "lumina2")
 METHODS = ("Mixture of Diffusers", "MultiDiffusion", "SpotDiffusion")
@@ -147,13 +146,12 @@ def test_controls_have_a_copy_on_each_device_and_show_each_window_its_part(over,
     assert torch.equal(sampled(model, patched(model, tree, **settings), conds=conds), one)
 
 
-def weights_hook(model, strengths=(1.0,)):
+def weights_hook(model, strengths):
+    """Hooks that change a weight of the model, by another strength from step to step."""
     name = next(name for name, value in model.patcher.model.state_dict().items() if name.endswith("img_in.weight"))
     change = {name: ("diff", (drawer(4)(*model.patcher.model.state_dict()[name].shape),))}
-    hooks = comfy.hooks.create_hook_lora(change, 1.0, 0.0)
-    hooks = comfy.hooks.HookGroup()
-    hook = comfy.hooks.WeightHook(strength_model=1.0, strength_clip=0.0)
-    hook.weights, hook.need_weight_init = {name: change[name]}, False
+    hooks, hook = comfy.hooks.HookGroup(), comfy.hooks.WeightHook(strength_model=1.0, strength_clip=0.0)
+    hook.weights, hook.need_weight_init = change, False
     hooks.add(hook)
     if len(strengths) > 1:
         frames = comfy.hooks.HookKeyframeGroup()

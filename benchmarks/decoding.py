@@ -1,6 +1,7 @@
 """What does decoding only what changed cost, and how near is it to decoding everything?"""
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from counting import LiveBytes
 from measuring import table, timed
 from plans import BUDGETS, PHOTOS, load_photo, photo_tree
+from qtd_pack import decode, piecewise
 from qtd_pack.compositing import composite
 from qtd_pack.decode import decode_changed
 from qtd_pack.decode_plan import Price, plan_decode
@@ -53,6 +55,28 @@ def planned_rows(photos, side: int) -> list[tuple]:
     return rows
 
 
+@contextlib.contextmanager
+def counting_parts():
+    """The most bytes that each thing took that is done at once, beside what waits."""
+    peaks, real = [], {(decode, "begin"): decode.begin, (piecewise, "made"): piecewise.made}
+
+    def counted(function):
+        def call(*args):
+            with LiveBytes() as live:
+                result = function(*args)
+            peaks.append(live.peak)
+            return result
+        return call
+
+    for (module, name), function in real.items():
+        setattr(module, name, counted(function))
+    try:
+        yield peaks
+    finally:
+        for (module, name), function in real.items():
+            setattr(module, name, function)
+
+
 def measured(action) -> tuple[torch.Tensor, int, int]:
     """What an action gives; its operations, and the most bytes that lived at once."""
     with LiveBytes() as live, FlopCounterMode(display=False) as counter:
@@ -75,19 +99,20 @@ def decoded_row(name: str, side: int) -> dict[str, float]:
     seconds = [timed(action) for action in (decode, changes)]
     whole, *of_whole = measured(decode)
     tiled, *of_tiled = measured(lambda: vae.decode_tiled(latent, tile_x=cells, tile_y=cells, overlap=cells // 4))
-    ours, *of_ours = measured(changes)
+    with counting_parts() as parts:
+        ours, *of_ours = measured(changes)
     expected = composite(picture, whole, tree)
     errors = dict(zip(("mean", "p99"), levels(ours, expected, changed)))
     errors |= dict(zip(("tiled mean", "tiled p99"), levels(composite(picture, tiled, tree), expected, changed)))
     shares = {f"{key}{what}": mine / all_of_it for key, values in (("", of_ours), ("tiled ", of_tiled)) for what, mine, all_of_it in zip(("operations", "bytes"), values, of_whole)}
-    return {"share": float(changed.float().mean()), "time": seconds[1] / seconds[0], **errors, **shares}
+    return {"share": float(changed.float().mean()), "time": seconds[1] / seconds[0], "at once": max(parts) / of_whole[1], **errors, **shares}
 
 
 def decoded_rows(photos, side: int) -> list[tuple]:
     with torch.inference_mode():
         found = {name: decoded_row(name, side) for name in photos}
     found["**mean**"] = {key: statistics.mean(row[key] for row in found.values()) for key in next(iter(found.values()))}
-    columns = ("share", "mean", "p99", "tiled mean", "tiled p99", "operations", "time", "bytes", "tiled operations", "tiled bytes")
+    columns = ("share", "mean", "p99", "tiled mean", "tiled p99", "operations", "time", "at once", "bytes", "tiled operations", "tiled bytes")
     return [(name, *(f"{row[key]:.2f}" for key in columns)) for name, row in found.items()]
 
 
@@ -97,9 +122,9 @@ def decode_part(tiny: bool) -> str:
     text = "## Decoding only what changed\n\n" + table(("photo", "budget", "share with a strength", "operations of a whole decode", "ratio"), planned_rows(photos, side))
     text += (
         f"\nSD's and SDXL's decoder at its own size, photos of {side} px, windows of {WINDOW_PX} px; all that is done once and the samples for statistics included. "
-        "Counted from its layers, as tests check against torch's own count. Limit: a ratio of 1.40; what is done once for the whole picture takes 7 % of a whole decode, and its attention more, so a small share pays more for itself.\n\n")
-    header = ("photo", "share", "mean error", "99 %", "tiled mean", "tiled 99 %", "operations", "time", "bytes", "tiled operations", "tiled bytes")
+        "Counted from its layers, as tests check against torch's own count. Limit: a ratio of 1.40. What is done once for the whole picture takes 7 % of a whole decode, and its attention more, so a small share pays more for itself; where nearly all changed, all is decoded, which needs no samples.\n\n")
+    header = ("photo", "share", "mean error", "99 %", "tiled mean", "tiled 99 %", "operations", "time", "bytes at once", "and waiting", "tiled operations", "tiled bytes")
     return text + table(header, decoded_rows(photos, decoded_px)) + (
         f"\nAn AutoencoderKL fitted to the demo's latents, photos of {decoded_px} px, budget 0.25, windows of {DECODED_WINDOW_PX} px. Errors where something changed, in levels of 255, "
         "against a whole decode that is composited; tiled is the host's tiled decode of everything with tiles of that size. Operations, time and the most bytes that lived at once "
-        "are shares of the whole decode's; on a processor, windows that wait for the others lie in the same memory and are counted. Limits: 1.50, 6.00 and a third of tiled.\n")
+        "are shares of the whole decode's: at once, what a part of a window takes while it is computed, which is what has to lie on the device; and with the windows that wait for the others, for which the computer's memory does. Limits: 1.50, 6.00 and a third of tiled.\n")

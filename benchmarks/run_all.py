@@ -2,7 +2,7 @@
 
     python run.py bench [PART ...] [--write] [--tiny] [--threads N]
 
-Parts: tree, trees, planning, overhead, budget, memory, cuda, operations, decode; all of them if none is named. Named parts are
+Parts: tree, trees, planning, overhead, budget, memory, cuda, operations, decode, encode; all of them if none is named. Named parts are
 shown, and with --write take the place of what stands in RESULTS.md. `bench quality` measures how the results look, and
 `bench reliability` shows what holds under fuzz and faults. --tiny runs every part small, to see that it works: its figures
 say nothing, and are not written.
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("tree", "trees", "planning", "overhead", "budget", "memory", "cuda", "operations", "decode")
+PARTS = ("tree", "trees", "planning", "overhead", "budget", "memory", "cuda", "operations", "decode", "encode")
 
 
 def run_part(name: str, tiny: bool) -> str:
@@ -26,6 +26,7 @@ def run_part(name: str, tiny: bool) -> str:
     import counted
     import cuda
     import decoding
+    import encoding
     import plots
     import sampling_cost
     import tree_and_plan
@@ -48,6 +49,8 @@ def run_part(name: str, tiny: bool) -> str:
         return sampling_cost.memory_part(tiny)
     if name == "decode":
         return decoding.decode_part(tiny)
+    if name == "encode":
+        return encoding.encode_part(tiny)
     return counted.operations_part(tiny) if name == "operations" else cuda.cuda_part(tiny)
 
 

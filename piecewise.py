@@ -157,23 +157,30 @@ def sample_pieces(walk: Walk) -> list[Piece]:
 
 def moments_of(walk: Walk, pieces: Sequence[Piece], index: int) -> Moments:
     """The mean and variance before a step, from the cores of all pieces."""
-    groups, scale = walk.steps[index].norm.num_groups, walk.scale(index)
-    sums = torch.zeros(2, groups, dtype=torch.float64)
-    plain = torch.zeros(3, groups, dtype=torch.float64)
+    groups = walk.steps[index].norm.num_groups
+    # The weighted sums of values and of squares; both without weights, and how many blocks there were.
+    sums, plain = torch.zeros(2, groups, dtype=torch.float64), torch.zeros(3, groups, dtype=torch.float64)
     for piece in pieces:
-        core = cut(piece.x, scaled(piece.core, scale), piece.rects[index]).unflatten(1, (groups, -1))  # (B, groups, C, h, w)
-        weights = piece.weights.to(walk.limits.device, torch.float32)[:, None]
-        for first in range(0, groups, chunk := max(CHUNK * groups // core.numel(), 1)):
-            part = core[:, first:first + chunk].to(walk.limits.device, torch.float32)
-            for power, values in enumerate((part, part.square())):
-                blocks = blocks_of(values, BLOCK * scale).mean(2)
-                sums[power, first:first + chunk] += (blocks * weights).sum((0, 2, 3)).cpu().double()
-                plain[power, first:first + chunk] += blocks.sum((0, 2, 3)).cpu().double()
-            plain[2, first:first + chunk] += weights.numel()
+        for part in [piece.core] if piece.is_sample else cores_of(piece.core, walk.pace.side, *walk.size):
+            add_moments(walk, piece, index, part, sums, plain)
     mean, square = sums / float(walk.weights.sum())
     # Weights below 0 could make nonsense of a group that is almost always 0.
     least = (plain[1] / plain[2] - (plain[0] / plain[2]).square()).clamp_min(0) * LEAST_VARIANCE
     return Moments(mean, torch.maximum(square - mean.square(), least))
+
+
+def add_moments(walk: Walk, piece: Piece, index: int, part: Rect, sums: torch.Tensor, plain: torch.Tensor) -> None:
+    """Add those of a part of a piece's core, (2, groups) and (3, groups)."""
+    groups, scale = sums.shape[1], walk.scale(index)
+    core = cut(piece.x, scaled(part, scale), piece.rects[index]).unflatten(1, (groups, -1))  # (B, groups, C, h, w)
+    weights = cut(piece.weights, shrunk(part, BLOCK), shrunk(piece.core, BLOCK)).to(walk.limits.device, torch.float32)[:, None]
+    for first in range(0, groups, chunk := max(CHUNK * groups // core.numel(), 1)):
+        values = core[:, first:first + chunk].to(walk.limits.device, torch.float32)
+        for power, powers in enumerate((values, values.square())):
+            blocks = blocks_of(powers, BLOCK * scale).mean(2)
+            sums[power, first:first + chunk] += (blocks * weights).sum((0, 2, 3)).cpu().double()
+            plain[power, first:first + chunk] += blocks.sum((0, 2, 3)).cpu().double()
+        plain[2, first:first + chunk] += weights.numel()
 
 
 def normalised(norm: torch.nn.GroupNorm, x: torch.Tensor, moments: Moments) -> torch.Tensor:

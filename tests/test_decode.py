@@ -266,7 +266,7 @@ def test_no_convolution_sees_more_than_a_window(fitted):
 def test_no_part_takes_more_memory_than_a_window_and_no_more_of_them_waits_than_there_is_room_for(fitted, monkeypatch):
     vae, found = fitted
     original, latent, tree, *_ = found[0]
-    peaks: dict[str, list[int]] = {"begin": [], "made": []}
+    peaks: dict[str, list[int]] = {"begin": [], "made": [], "moments_of": []}
 
     def counting(name, function):
         def call(*args):
@@ -276,13 +276,14 @@ def test_no_part_takes_more_memory_than_a_window_and_no_more_of_them_waits_than_
             return result
         return call
 
-    monkeypatch.setattr(piecewise, "made", counting("made", piecewise.made))
+    for name in ("made", "moments_of"):
+        monkeypatch.setattr(piecewise, name, counting(name, getattr(piecewise, name)))
     monkeypatch.setattr(decode, "begin", counting("begin", piecewise.begin))
     decode_changed(vae, latent, original, tree, window=256)
     with LiveBytes() as window:  # and what it looks at around it
         vae.first_stage_model.decode(latent[..., 8:8 + 46, 8:8 + 46])
     assert len(peaks["made"]) > 50
-    assert max(peaks["made"] + peaks["begin"]) < window.peak
+    assert max(max(found) for found in peaks.values()) < window.peak
 
 
 @pytest.mark.parametrize("room", [0, 2e6, 1e9])
@@ -364,16 +365,39 @@ def test_a_batch_of_samples_that_memory_does_not_suffice_for_is_halved(fitted, c
     assert "halved" in caplog.text and (scarce - plenty).abs().max() < 2e-4
 
 
-def test_an_interrupt_is_honoured_between_windows():
-    vae, original = autoencoders.demo(), photo("coffee", 256, 256)
-    latent, tree = vae.encode(original), part_changed(256, 256, (0, 0, 256, 160))
+def test_where_there_is_no_memory_for_the_whole_pictures_part_the_host_decodes_everything(fitted, caplog):
+    vae, found = fitted
+    original, latent, tree, whole, _ = found[0]
+    calls = []
+
+    def refuse_once(module, inputs):
+        calls.append(module)
+        if len(calls) == 1:
+            raise comfy.model_management.OOM_EXCEPTION("no memory for this")
+
+    handle = vae.first_stage_model.decoder.mid.block_1.register_forward_pre_hook(refuse_once)
+    try:
+        with caplog.at_level(logging.WARNING):
+            result = decode_changed(vae, latent, original, tree, window=256)
+    finally:
+        handle.remove()
+    assert "The host decodes all of it" in caplog.text and len(calls) == 2
+    assert torch.equal(result, composite(original, whole, tree))
+
+
+@pytest.mark.parametrize("vae, layer", [
+    (autoencoders.demo, lambda model: model.taesd_decoder[-1]), (autoencoders.fitted, lambda model: model.decoder.up[0].block[0].conv1),
+], ids=["tiny", "fitted"])
+def test_an_interrupt_is_honoured_between_windows(vae, layer):
+    vae, original = vae(), photo("coffee", 256, 256)
+    latent, tree = autoencoders.demo().encode(original), part_changed(256, 256, (0, 0, 256, 160))
     calls = []
 
     def press_stop(module, inputs):
         calls.append(module)
         comfy.model_management.interrupt_current_processing(True)
 
-    handle = vae.first_stage_model.taesd_decoder[-1].register_forward_pre_hook(press_stop)
+    handle = layer(vae.first_stage_model).register_forward_pre_hook(press_stop)
     try:
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             decode_changed(vae, latent, original, tree, window=64)
@@ -384,12 +408,13 @@ def test_an_interrupt_is_honoured_between_windows():
     assert torch.isfinite(decode_changed(vae, latent, original, tree, window=64)).all()
 
 
-def test_progress_is_told_and_ends_at_the_whole():
-    vae, original = autoencoders.demo(), photo("coffee", 256, 256)
+@pytest.mark.parametrize("vae", [autoencoders.demo, autoencoders.fitted], ids=["tiny", "fitted"])
+def test_progress_is_told_and_ends_at_the_whole(vae):
+    original = photo("coffee", 256, 256)
     told = []
     comfy.utils.set_progress_bar_global_hook(lambda value, total, preview=None, **more: told.append((value, total)))
     try:
-        decode_changed(vae, vae.encode(original), original, part_changed(256, 256, (0, 0, 256, 160)), window=64)
+        decode_changed(vae(), autoencoders.demo().encode(original), original, part_changed(256, 256, (0, 0, 256, 160)), window=64)
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
     values = [value for value, _ in told]

@@ -673,7 +673,7 @@ SECTIONS = {
     "windows": ("Windows at strength 1", windows_text),
     "agreement": ("Tight windows and squares", agreement_text),
     "tones": ("Tones that hold", lambda bench: f"Windows of {WINDOWS_PX[0]} px, overlap 16 px. {TONES}\n\n{table(TONE_COLUMNS, compare_tones(bench))}"),
-    "collage": ("No collage", collage_text),
+    "collage": ("One picture or a collage", collage_text),
     "methods": (
         "Methods and schedules",
         lambda bench: f"Strength 0.5 everywhere, windows of {WINDOW_PX} px, the default overlap.\n\n{table(METHOD_COLUMNS, compare_methods(bench))}"),

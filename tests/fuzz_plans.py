@@ -1,6 +1,7 @@
 """Trees and plans of all kinds, without a model: what has to hold for each."""
 from __future__ import annotations
 
+import functools
 import math
 import random
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from qtd_pack.sampling_run import STEP_PX, check_windows, strengths_in_cells
 from qtd_pack.strengths import adjust_quadtree, quadtree_from_mask
 from qtd_pack.utils import pieces, slices
 from qtd_pack.windows import WINDOW_SHAPES, WRAPS, WindowCost, full_grid, plan_windows, window_sizes
+
+PHOTO = functools.cache(lambda: photo().movedim(-1, 1))
 
 # Of pictures whose pixels are made; larger ones are made of the sums that a tree needs.
 LARGEST_PIXELS = 1 << 18
@@ -117,7 +120,7 @@ def picture_of(case: PlanCase) -> torch.Tensor:
         return torch.rand(shape, generator=generator)
     image = torch.full(shape, 0.3)
     if case.source == "photo":
-        return F.interpolate(photo().movedim(-1, 1), shape[1:3], mode="bilinear").movedim(1, -1).repeat(case.images, 1, 1, 1)
+        return F.interpolate(PHOTO(), shape[1:3], mode="bilinear").movedim(1, -1).repeat(case.images, 1, 1, 1)
     if case.source == "corner":
         part = image[:, :case.height // 3 + 1, :case.width // 3 + 1]
         part.copy_(torch.rand(part.shape, generator=generator).round())

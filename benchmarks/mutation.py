@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import multiprocessing
 import os
 import random
 import re
@@ -13,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,7 +42,9 @@ TESTS = {
     "decode_plan": ("decode",),
     "decoders": ("decode",),
     "denoise_schedule": ("denoise_schedule", "tiled_diffusion"),
+    "devices": ("devices",),
     "drawing": ("drawing", "quadtree"),
+    "finite": ("faults",),
     "foreign": ("foreign_wrappers", "foreign_controls"),
     "masks": ("foreign_masks",),
     "model_facts": ("model_facts", "tiled_diffusion"),
@@ -62,6 +67,7 @@ TESTS = {
     "tones": ("tones",),
     "utils": ("quadtree", "windows", "conditioning"),
     "watch": ("foreign_wrappers",),
+    "wiring": ("memory", "host_seams"),
     "windows": ("windows", "wrap", "cost"),
 }
 WIDER = ("tiled_diffusion", "fuzz")
@@ -69,6 +75,9 @@ WIDER = ("tiled_diffusion", "fuzz")
 # What no test can see, and why: by module, function and change.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
 }
+
+# A process's own copy of the pack; see copy_pack.
+TREE: Path | None = None
 
 SWAPPED = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
@@ -245,6 +254,7 @@ def outcome_of(mutant: Mutant, tree: Path) -> str | None:
 
 def preload_host() -> None:
     """Import what tests import of the host, so that each child has it."""
+    import _pytest.assertion.rewrite  # noqa: F401
     import comfy.controlnet  # noqa: F401
     import comfy.sample  # noqa: F401
     import comfy.sd  # noqa: F401
@@ -252,17 +262,35 @@ def preload_host() -> None:
     import skimage.data  # noqa: F401
 
 
+def row_of(mutant: Mutant) -> tuple[str, int, str]:
+    """Try a mutant in this process's own copy of the pack."""
+    seen = outcome_of(mutant, TREE)
+    why = EQUIVALENT.get((mutant.module, mutant.function, mutant.change))
+    change = mutant.change.replace("|", "/").replace("\n", " ")[:140]
+    row = f"`{mutant.module}.{mutant.function}`: `{change}`", 1, f"caught by {seen}" if seen else f"not caught: {why or 'open'}"
+    print(row, flush=True)
+    return row
+
+
+def copy_pack(folder: str) -> None:
+    """Give this process a copy of the pack."""
+    global TREE
+    TREE = Path(tempfile.mkdtemp(dir=folder)) / "pack"
+    shutil.copytree(ROOT, TREE, ignore=shutil.ignore_patterns(".git", "shared", "__pycache__", "*.png"), symlinks=True)
+
+
 def mutation_part() -> list[tuple[str, int, str]]:
     """One line of the pack's logic is changed at a time; its tests have to fail."""
     preload_host()
+    workers = torch.get_num_threads()
+    torch.set_num_threads(1)
+    mutants = picked()
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "pack"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "shared", "__pycache__", "*.png"), symlinks=True)
-        rows = []
-        for mutant in picked():
-            seen = outcome_of(mutant, tree)
-            why = EQUIVALENT.get((mutant.module, mutant.function, mutant.change))
-            rows.append((f"`{mutant.module}.{mutant.function}`: `{mutant.change}`".replace("|", "/")[:160], 1, f"caught by {seen}" if seen else f"not caught: {why or 'open'}"))
-            print(rows[-1], flush=True)
+        if workers == 1:
+            copy_pack(folder)
+            rows = [row_of(mutant) for mutant in mutants]
+        else:
+            with multiprocessing.get_context("fork").Pool(workers, copy_pack, (folder,)) as pool:
+                rows = pool.map(row_of, mutants, chunksize=1)
     caught = sum(outcome.startswith("caught") for *_, outcome in rows)
     return [("lines of the pack's logic, changed one at a time", len(rows), f"{caught} caught by the module's tests"), *rows]

@@ -26,6 +26,9 @@ BLOCK = 2
 # below MOST_SAMPLES of a whole decode's.
 LEAST_SAMPLES, MOST_SAMPLES, AIM = 24, 0.04, 1.3
 
+# Where less than FEW of the picture changed, windows say so little of the rest that the least grows, to LEAST_OF_FEW at most.
+FEW, LEAST_OF_FEW = 0.25, 128
+
 # A sample has so much of what the steps look at around it: more samples say more than a few whose borders are exact.
 REACH = 0.5
 
@@ -252,7 +255,7 @@ def plan_decode(decoder: Decoder, active: torch.Tensor, largest: int) -> Plan:
     cost, all_of_it = (sum(price.of_one(core.height, core.width) for core in cores) for cores in (windows, everything))
     if not decoder.has_norms:
         return Plan(height, width, tuple(windows if cost < all_of_it else everything), 0, largest)
-    with_samples = price.entry(near) + cost + LEAST_SAMPLES * price.of_sample
+    with_samples = price.entry(near) + cost + least_samples(share) * price.of_sample
     if price.entry(1.0) + all_of_it <= max(AIM * share * price.whole, with_samples):
         return Plan(height, width, tuple(everything), 0, largest)
     return Plan(height, width, tuple(windows), sample_count(price, near, cost, share), largest)
@@ -261,7 +264,11 @@ def plan_decode(decoder: Decoder, active: torch.Tensor, largest: int) -> Plan:
 def sample_count(price: Price, near: float, windows: float, share: float) -> int:
     """How many samples there is room for beside windows of so many operations, where such a share of the picture changed."""
     room = min(AIM * share * price.whole - price.entry(near) - windows, MOST_SAMPLES * price.whole)
-    return max(int(room / price.of_sample), LEAST_SAMPLES)
+    return max(int(room / price.of_sample), least_samples(share))
+
+
+def least_samples(share: float) -> int:
+    return min(int(LEAST_SAMPLES * max(FEW / max(share, 1e-6), 1.0) ** 3), LEAST_OF_FEW)
 
 
 def blocks_of(values: torch.Tensor, side: int = BLOCK) -> torch.Tensor:

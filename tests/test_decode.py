@@ -149,6 +149,15 @@ def test_what_changed_is_that_of_a_whole_decode_and_better_than_the_hosts_tiles(
         assert mean < levels(tiled, expected, changed)[0] / 3
 
 
+def test_a_small_part_is_that_of_a_whole_decode_too(fitted):
+    vae, found = fitted
+    for original, latent, _, whole, _ in (found[0], found[2]):
+        tree = build_quadtree(original, detail_budget=0.1, min_leaf=32, max_leaf=256)
+        changed = changed_of(tree, original)
+        mean, largest = levels(decode_changed(vae, latent, original, tree, window=256), composite(original, whole, tree), changed)
+        assert changed.float().mean() < 0.25 and mean < 1.5 and largest < 6
+
+
 def test_there_is_no_line_where_windows_meet(fitted):
     vae, found = fitted
     original, latent, _, whole, _ = found[0]

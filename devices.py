@@ -147,21 +147,21 @@ class Crew:
         pending, here = list(batches), {}
         at = min((batch.first for batch in pending), default=0)
         try:
-            while pending or self._busy:
+            while pending or self._busy or here:
                 comfy.model_management.throw_exception_if_processing_interrupted()
+                # First, so that devices are at work while results are added.
                 self._hand_out(pending, work)
-                answer = self._next_answer(LATE if pending and len(self._busy) < len(self.devices) else None)
-                if answer is None:
-                    continue
-                if answer.results is None:
-                    pending += self._again(answer, work)
-                    continue
-                here[answer.batch.first] = answer
-                del answer
                 while at in here:
                     known = here.pop(at)
                     work.take(known.batch, known.results)
                     at += len(known.batch.windows)
+                    del known
+                answer = self._next_answer(LATE if pending and len(self._busy) < len(self.devices) else None) if self._busy else None
+                if answer is not None and answer.results is None:
+                    pending += self._again(answer, work)
+                elif answer is not None:
+                    here[answer.batch.first] = answer
+                del answer
         finally:
             while self._busy:
                 self._next_answer()
@@ -278,7 +278,12 @@ def _end(batches: Sequence[Batch], count: int) -> float:
 def find_crew(model_options: dict) -> Crew | None:
     """The devices that a run can use, if there are several. Those that it cannot are told, a line for each."""
     clones, pool = model_options.get("multigpu_clones") or {}, model_options.get("multigpu_thread_pool")
-    if len(clones) < 2 or pool is None:
+    if not clones or pool is None:
+        return None
+    for key in pool.devices:
+        if key not in clones:
+            _tell_left_out(key, "there is no model on it")
+    if len(clones) < 2:
         return None
     (first, own), *others = clones.items()
     said = model_options.get("multigpu_options") or {}

@@ -2,7 +2,7 @@
 
     python run.py bench [PART ...] [--write] [--tiny] [--threads N]
 
-Parts: tree, trees, planning, overhead, budget, memory, cuda, operations, decode, encode; all of them if none is named. Named parts are
+Parts: tree, trees, planning, overhead, budget, memory, cuda, operations, decode, encode, workers; all of them if none is named. Named parts are
 shown, and with --write take the place of what stands in RESULTS.md. `bench quality` measures how the results look, and
 `bench reliability` shows what holds under fuzz and faults. --tiny runs every part small, to see that it works: its figures
 say nothing, and are not written.
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("tree", "trees", "planning", "overhead", "budget", "memory", "cuda", "operations", "decode", "encode")
+PARTS = ("tree", "trees", "planning", "overhead", "budget", "memory", "cuda", "operations", "decode", "encode", "workers")
 
 
 def run_part(name: str, tiny: bool) -> str:
@@ -31,6 +31,7 @@ def run_part(name: str, tiny: bool) -> str:
     import sampling_cost
     import tree_and_plan
     import trees
+    import workers
 
     if name == "tree":
         text, found = tree_and_plan.tree_part(tiny)
@@ -51,6 +52,8 @@ def run_part(name: str, tiny: bool) -> str:
         return decoding.decode_part(tiny)
     if name == "encode":
         return encoding.encode_part(tiny)
+    if name == "workers":
+        return workers.workers_part(tiny)
     return counted.operations_part(tiny) if name == "operations" else cuda.cuda_part(tiny)
 
 

@@ -435,6 +435,14 @@ def test_batches_are_cut_as_far_as_devices_would_be_without(windows, count, leas
     assert [batch.cost for batch in found] == pytest.approx(sizes)
 
 
+def test_a_device_for_which_there_is_no_model_is_told_too(caplog):
+    pool = comfy.multigpu.MultiGPUThreadPool(list(KEYS[:3]))
+    patcher = load("flux_schnell").patcher
+    assert find_crew({"multigpu_clones": {KEYS[0]: patcher}, "multigpu_thread_pool": pool}) is None
+    assert left_out(caplog) == [f"device {key} is left out of this run: there is no model on it" for key in KEYS[1:3]]
+    pool.shutdown()
+
+
 def test_what_the_user_says_of_devices_counts_until_they_have_shown_more():
     clones = {key: load("flux_schnell").patcher for key in KEYS[:2]}
     pool = comfy.multigpu.MultiGPUThreadPool(list(clones))

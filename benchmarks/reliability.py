@@ -29,6 +29,8 @@ FILE = Path(__file__).resolve().with_name("RELIABILITY.md")
 
 # Name to module.function, imported when it is run.
 PARTS: dict[str, str] = {
+    "devices": "several.devices_part",
+    "faults": "several.faults_part",
     "fuzz": "fuzz.fuzz_part",
     "killed": "killed_runs.killed_part",
     "memory": "memory_runs.memory_part",

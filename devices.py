@@ -158,7 +158,7 @@ class Crew:
                     del known
                 answer = self._next_answer(LATE if pending and len(self._busy) < len(self.devices) else None) if self._busy else None
                 if answer is not None and answer.results is None:
-                    pending += self._again(answer, work)
+                    pending = self._again(answer, pending, work)
                 elif answer is not None:
                     here[answer.batch.first] = answer
                 del answer
@@ -225,14 +225,16 @@ class Crew:
             answer.device.count(answer.batch.cost, answer.seconds)
         return answer
 
-    def _again(self, answer: _Answer, work: Work) -> list[Batch]:
-        """What takes the place of a batch that a device could not evaluate; one that cannot at all is left out."""
+    def _again(self, answer: _Answer, pending: list[Batch], work: Work) -> list[Batch]:
+        """What is left to do with a batch that a device could not evaluate. A device that cannot evaluate any is left out."""
         why = _why_unusable(answer)
         if why is None or len(self.devices) == 1 or (answer.device is self.devices[0] and not is_out_of_memory(answer.error)):
-            return work.again(answer.batch, answer.error)
+            pieces = work.again(answer.batch, answer.error)
+            most = max(len(piece.windows) for piece in pieces)  # what was too many here is too many anywhere
+            return [piece for batch in pending for piece in batch.cut(most)] + pieces
         self.devices.remove(answer.device)
         _tell_left_out(answer.device.key, why)
-        return [answer.batch]
+        return [*pending, answer.batch]
 
 
 def shares(costs: Sequence[float], waits: Sequence[float], paces: Sequence[float], homes: Sequence[int | None]) -> list[int]:

@@ -83,6 +83,19 @@ def test_without_memory_for_a_batch_a_run_goes_on_with_smaller_ones_and_the_next
     assert_clean(model, patcher, clean)
 
 
+def test_what_was_too_much_for_one_device_is_tried_on_none_again(caplog):
+    caplog.set_level(logging.INFO)
+    model, tried = on_devices(load(FLUX), 2), []
+
+    def hungry(number, device, x):
+        tried.append(x.shape[0])
+        if x.shape[0] > 2:
+            raise comfy.model_management.OOM_EXCEPTION("too many windows")
+    sample(model, with_fault(of(model), hungry))
+    assert 1 <= tried.count(4) <= 2 and set(tried) == {4, 2}
+    assert [line for line in caplog.messages if "out of memory" in line] == ["out of memory with 4 windows at once: going on with 2"]
+
+
 def test_without_memory_for_one_window_on_any_device_the_hosts_error_ends_the_run_and_the_next_is_clean(some, clean):
     model, count = some
     patcher = of(model)

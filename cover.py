@@ -28,7 +28,7 @@ class Axis:
     """One axis of the latent.
 
     side: of the squares along it. overlap: what a window shows around its core. lengths: those that windows may have, in
-    growing order. shortest: a core is extended to it; 0: windows are squares.
+    growing order. squares: those of squares among them. shortest: a core is extended to it; 0: windows are squares.
     """
 
     length: int
@@ -36,6 +36,7 @@ class Axis:
     side: int
     overlap: int
     lengths: tuple[int, ...]
+    squares: tuple[int, ...]
     shortest: int
 
 
@@ -247,10 +248,16 @@ def _fit(axis: Axis, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         return found
     if not axis.is_ring:
         # As much as a window may be chosen for is seen as in a square at the latent's border, too: a narrower hand-over was seen as a line.
-        needed = torch.where(-end - start >= longest - 2 * axis.overlap, longest, needed)
+        needed = torch.where(-end - start >= longest - 2 * axis.overlap, _of_square(axis, needed), needed)
         found = torch.where(found < len(axis.lengths), first[needed.clamp(0, longest + 1)], found)
     extended = first[(needed + (axis.shortest + start + end).clamp(min=0)).clamp(0, longest)]
     return torch.where(found < len(axis.lengths), extended, found)
+
+
+def _of_square(axis: Axis, needed: torch.Tensor) -> torch.Tensor:
+    """The length of the first square that is long enough, or else what is needed."""
+    squares = torch.tensor(axis.squares)
+    return torch.maximum(needed, squares[torch.bucketize(needed, squares).clamp(max=len(squares) - 1)])
 
 
 def _join_quarters(values: torch.Tensor, how, nothing: int) -> torch.Tensor:

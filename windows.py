@@ -157,7 +157,8 @@ def _axis(length: int, is_ring: bool, sizes: WindowSizes, patch: int, side: int)
     if is_ring and side + 2 * overlap > length:
         side = math.ceil(length / 2 / patch) * patch if overlap else side
         overlap = max(min((length - side) // 2, overlap), 0)
-    return Axis(length, is_ring, side, overlap, sizes.lengths(length), sizes.sides[0] if sizes.step else 0)
+    squares = replace(sizes, step=0).lengths(length)
+    return Axis(length, is_ring, side, overlap, sizes.lengths(length), squares, sizes.sides[0] if sizes.step else 0)
 
 
 def _side_of_cuts(length: int, sizes: WindowSizes, patch: int) -> int:

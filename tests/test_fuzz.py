@@ -81,6 +81,10 @@ def test_what_the_host_cannot_do_alone_is_no_failure():
 @pytest.mark.parametrize("case", [
     # Found by the fuzz, made small: two windows as long as a ring were not tried where many small ones cost more.
     PlanCase(height=68, min_denoise=0.7, scale=2.0, max_window=568, overlap=8, wrap="both", text=512, schedule="img2img", steps=20),
+    # A square that is a cell shorter than the latent was no window among rectangles.
+    PlanCase(
+        source="photo", width=289, edits=((-5.0, 7.0, 110.0, 1.0),), cell_px=1, patch=2, scale=2.051087937165268, max_window=3840, overlap=56,
+        shapes="tight", method="Mixture of Diffusers", text=77, steps=20),
 ])
 def test_plans_that_once_broke_hold(case):
     check_plan_case(case)

@@ -62,6 +62,12 @@ import torch  # noqa: E402
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other cost more than they bring
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Tests in browsers come last: a page that stays open takes its share of the processor from all that follow."""
+    items.sort(key=lambda item: "browser" in getattr(item, "fixturenames", ()))
+
+
 def pytest_unconfigure():
     shutil.rmtree(BASE, ignore_errors=True)
 

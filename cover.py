@@ -144,11 +144,12 @@ def _cut_rows(costs: torch.Tensor, rows: int) -> None:
 def _pieces(windows: _Windows, costs: Sequence[torch.Tensor], block: int) -> list[tuple[tuple[int, ...], tuple[int, int]]]:
     """Go down from a whole block to the windows that it is cut into: their boxes and fits."""
     rows, cols = costs[0].shape[0], len(costs)
-    table = [of_width[:, block].tolist() for of_width in costs]
-    single = [price[:, block].tolist() for *_, price in windows]
+    # Few of their numbers are looked at, which is quick in numpy; lists of all would take longer than the search.
+    table = [of_width[:, block].numpy() for of_width in costs]
+    single = [price[:, block].numpy() for *_, price in windows]
 
     def cost(height: int, width: int, row: int, col: int) -> float:
-        return table[width - 1][height - 1][row][col] if row < rows and col < cols else 0.0
+        return table[width - 1][height - 1, row, col] if row < rows and col < cols else 0.0
 
     found, todo = [], [(rows, cols, 0, 0)]
     while todo:
@@ -156,7 +157,7 @@ def _pieces(windows: _Windows, costs: Sequence[torch.Tensor], block: int) -> lis
         least = cost(height, width, row, col)
         if least == 0:
             continue
-        if width <= len(single) and height <= len(single[0]) and single[width - 1][height - 1][row][col] == least:
+        if width <= len(single) and height <= len(single[0]) and single[width - 1][height - 1, row, col] == least:
             boxes, fits, _ = windows[width - 1]
             found.append((tuple(boxes[:, height - 1, block, row, col].tolist()), tuple(fits[:, height - 1, block, row, col].tolist())))
             continue

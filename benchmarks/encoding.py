@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from counting import LiveBytes
 from measuring import table, timed
 from plans import BUDGETS, PHOTOS, load_photo, photo_tree
-from qtd_pack.decode_plan import grown, parts_of
+from qtd_pack.decode_plan import parts_of
 from qtd_pack.decoders import _halves
 from qtd_pack.piecewise import Moments, cut, normalised
 from qtd_pack.placement import strength_raster

@@ -15,7 +15,9 @@ from seen import HEIGHT_PX, WIDTH_PX, assert_windows_see_their_part, denoised, e
 from tiny_controls import EchoVAE, echo_adapter, echo_control, echoed, picture
 from tiny_models import drawer, load, with_prediction
 
+from qtd_pack.canvas import cut_padded
 from qtd_pack.tiled_diffusion import KEY
+from qtd_pack.utils import Rect
 
 
 def flux_echo(**options):
@@ -334,3 +336,9 @@ def test_a_window_under_a_model_patch_is_what_the_host_makes_of_that_part_alone(
         cells, px = (..., slice(top, top + 16), slice(left, left + 16)), (slice(None), slice(8 * top, 8 * top + 128), slice(8 * left, 8 * left + 128))
         alone = denoised(under_patch(px), latent[cells], *prompts(name), cfg=3.0, noise=noise[cells], percents=(0.3,))
         assert (out[cells] - alone).abs().max() < 1e-4
+
+
+def test_two_windows_of_two_images_have_a_row_of_the_one_hint_each():
+    hint = torch.arange(4.0).expand(1, 1, 2, 4)
+    cut = cut_padded(hint, [Rect(0, 0, 2, 2), Rect(0, 2, 2, 4)], (2, 4), 1, 1, rows=2)
+    assert cut[:, 0, 0].tolist() == [[0, 1], [0, 1], [2, 3], [2, 3]]

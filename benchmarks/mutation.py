@@ -74,6 +74,7 @@ WIDER = ("tiled_diffusion", "fuzz")
 
 # What no test can see, and why: by module, function and change.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("conditioning", "_in_proportion", "split > 1 -> (split >= 1)"): "a tensor repeated once is itself",
 }
 
 # A process's own copy of the pack; see copy_pack.

@@ -15,11 +15,11 @@ import comfy.model_management
 import comfy.utils
 
 from .compositing import composite
-from .decode_plan import Plan, area, plan_decode, scaled
+from .decode_plan import Plan, plan_decode
 from .decoders import Decoder, decoder_of
 from .piecewise import Limits, begin, decode_windows
 from .quadtree import Quadtree
-from .utils import Rect
+from .utils import Rect, area, scaled
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .decoders import FAR_CELLS, FULL, Decoder, Step
-from .utils import Rect
+from .utils import Rect, grown, scaled, shrunk
 
 # Side of a block. A sample is one: many small ones say more of a picture than few large ones of the same cost.
 BLOCK = 2
@@ -41,23 +41,6 @@ AHEAD = 12
 
 # Full resolution near windows: the attention of cells that are farther off hardly counts.
 NEAR_CELLS = 4
-
-
-def area(rect: Rect) -> int:
-    return rect.height * rect.width
-
-
-def grown(rect: Rect, by: int, height: int, width: int) -> Rect:
-    return Rect(max(rect.top - by, 0), max(rect.left - by, 0), min(rect.bottom + by, height), min(rect.right + by, width))
-
-
-def scaled(rect: Rect, by: int) -> Rect:
-    return Rect(rect.top * by, rect.left * by, rect.bottom * by, rect.right * by)
-
-
-def shrunk(rect: Rect, by: int) -> Rect:
-    """The least rectangle of a resolution coarser by so much that holds it."""
-    return Rect(rect.top // by, rect.left // by, -(-rect.bottom // by), -(-rect.right // by))
 
 
 def seen(step: Step, rect: Rect, height: int, width: int) -> Rect:

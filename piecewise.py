@@ -22,9 +22,9 @@ import torch.nn.functional as F
 import comfy.model_management
 import comfy.ops
 
-from .decode_plan import BLOCK, LEAST_SAMPLES, REACH, Plan, area, blocks_of, cores_of, margins_of, parts_of, rects_through, represented, scaled, seen, shrunk
+from .decode_plan import BLOCK, LEAST_SAMPLES, REACH, Plan, blocks_of, cores_of, margins_of, parts_of, rects_through, represented, seen
 from .decoders import Decoder, Step
-from .utils import Rect, common_part
+from .utils import Rect, area, common_part, cut, moved_to, scaled, shrunk
 
 log = logging.getLogger(__name__)
 
@@ -131,15 +131,10 @@ def held(plan: Plan, rects: Sequence[Rect]) -> torch.Tensor:
     return inside
 
 
-def cut(x: torch.Tensor, rect: Rect, origin: Rect) -> torch.Tensor:
-    """The part of a tensor whose own corner is that of `origin`."""
-    return x[..., rect.top - origin.top:rect.bottom - origin.top, rect.left - origin.left:rect.right - origin.left]
-
-
 def window_piece(walk: Walk, core: Rect, reach: float = 1.0) -> Piece:
     rects = rects_through(walk.steps, core, *walk.size, reach)
-    weights = None if walk.weights is None else cut(walk.weights, shrunk(core, BLOCK), Rect(0, 0, 0, 0))[None]
-    return Piece(core, rects, cut(walk.features, rects[0], Rect(0, 0, 0, 0)).clone(), weights=weights)
+    weights = None if walk.weights is None else cut(walk.weights, shrunk(core, BLOCK))[None]
+    return Piece(core, rects, cut(walk.features, rects[0]).clone(), weights=weights)
 
 
 def sample_pieces(walk: Walk) -> list[Piece]:
@@ -172,8 +167,8 @@ def moments_of(walk: Walk, pieces: Sequence[Piece], index: int) -> Moments:
 def add_moments(walk: Walk, piece: Piece, index: int, part: Rect, sums: torch.Tensor, plain: torch.Tensor) -> None:
     """Add those of a part of a piece's core, (2, groups) and (3, groups)."""
     groups, scale = sums.shape[1], walk.scale(index)
-    core = cut(piece.x, scaled(part, scale), piece.rects[index]).unflatten(1, (groups, -1))  # (B, groups, C, h, w)
-    weights = cut(piece.weights, shrunk(part, BLOCK), shrunk(piece.core, BLOCK)).to(walk.limits.device, torch.float32)[:, None]
+    core = cut(piece.x, moved_to(scaled(part, scale), piece.rects[index])).unflatten(1, (groups, -1))  # (B, groups, C, h, w)
+    weights = cut(piece.weights, moved_to(shrunk(part, BLOCK), shrunk(piece.core, BLOCK))).to(walk.limits.device, torch.float32)[:, None]
     for first in range(0, groups, chunk := max(CHUNK * groups // core.numel(), 1)):
         values = core[:, first:first + chunk].to(walk.limits.device, torch.float32)
         for power, powers in enumerate((values, values.square())):
@@ -197,13 +192,13 @@ def made(walk: Walk, piece: Piece, index: int, moments: Moments | None, rows: sl
     """A part of what a step makes of a piece, for some of its samples; and whether what it keeps for a block's end goes on."""
     step, scale = walk.steps[index], walk.scale(index)
     rect = common_part(seen(step, part, *(side * scale for side in walk.size)), piece.rects[index])
-    x, skip = (None if whole is None else cut(whole[rows], rect, piece.rects[index]).to(walk.limits.device) for whole in (piece.x, piece.skip))
+    x, skip = (None if whole is None else cut(whole[rows], moved_to(rect, piece.rects[index])).to(walk.limits.device) for whole in (piece.x, piece.skip))
     if step.norm is not None:
         # A block's shortcut takes what came in before its first normalisation.
         skip = x if skip is None else skip
         x = normalised(step.norm, x, moments)
     x, skip = step.run(x, skip)
-    return cut(x, part, scaled(rect, step.grows)), skip is not None
+    return cut(x, moved_to(part, scaled(rect, step.grows))), skip is not None
 
 
 def attempted(walk: Walk, piece: Piece, index: int, moments: Moments | None, rows: slice, part: Rect) -> tuple[torch.Tensor, bool] | None:
@@ -243,7 +238,7 @@ def taken(walk: Walk, piece: Piece, index: int, moments: Moments | None, room: f
             continue
         after = waiting(walk, piece, index, *found, room) if after is None else after
         if after.x.shape != found[0].shape:
-            cut(after.x[rows], part, rect).copy_(found[0])
+            cut(after.x[rows], moved_to(part, rect)).copy_(found[0])
         walk.tell(0.0 if piece.is_sample else area(piece.core) * area(part) / area(rect) / len(walk.steps))
     return after
 
@@ -254,9 +249,9 @@ def waiting(walk: Walk, piece: Piece, index: int, x: torch.Tensor, goes_on: bool
     shape = (len(piece.x), *x.shape[1:-2], rect.height, rect.width)
     if x.shape != shape and piece.skip is not None and not goes_on and piece.skip.shape[1] == x.shape[1]:
         # What a block adds at its end is needed for each element where it comes out, and nowhere else.
-        return replace(piece, x=cut(piece.skip, rect, origin), skip=None)
+        return replace(piece, x=cut(piece.skip, moved_to(rect, origin)), skip=None)
     home = walk.limits.device if math.prod(shape) * x.element_size() * (1 + goes_on) <= room else walk.limits.away
-    skip = cut(piece.x if piece.skip is None else piece.skip, rect, origin).to(home) if goes_on else None
+    skip = cut(piece.x if piece.skip is None else piece.skip, moved_to(rect, origin)).to(home) if goes_on else None
     return replace(piece, x=x.to(home) if x.shape == shape else x.new_empty(shape, device=home), skip=skip)
 
 

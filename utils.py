@@ -50,6 +50,25 @@ def moved_to(rect: Rect, origin: Rect) -> Rect:
     return Rect(rect.top - origin.top, rect.left - origin.left, rect.bottom - origin.top, rect.right - origin.left)
 
 
+def area(rect: Rect) -> int:
+    return rect.height * rect.width
+
+
+def grown(rect: Rect, by: int, height: int, width: int) -> Rect:
+    """A rectangle with so much more on every side, as far as height x width reach."""
+    return Rect(max(rect.top - by, 0), max(rect.left - by, 0), min(rect.bottom + by, height), min(rect.right + by, width))
+
+
+def scaled(rect: Rect, by: int) -> Rect:
+    """A rectangle in a resolution finer by so much."""
+    return Rect(rect.top * by, rect.left * by, rect.bottom * by, rect.right * by)
+
+
+def shrunk(rect: Rect, by: int) -> Rect:
+    """The least rectangle of a resolution coarser by so much that holds it."""
+    return Rect(rect.top // by, rect.left // by, -(-rect.bottom // by), -(-rect.right // by))
+
+
 def parts_in_window(place: Rect, window: Rect, size: tuple[int, int]) -> list[tuple[Rect, Rect]]:
     """The parts of a place that a window shows: each from the window's corner, and from that of the place on the canvas.
 

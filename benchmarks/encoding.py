@@ -14,9 +14,9 @@ from measuring import table, timed
 from plans import BUDGETS, PHOTOS, load_photo, photo_tree
 from qtd_pack.decode_plan import parts_of
 from qtd_pack.decoders import _halves
-from qtd_pack.piecewise import Moments, cut, normalised
+from qtd_pack.piecewise import Moments, normalised
 from qtd_pack.placement import strength_raster
-from qtd_pack.utils import Rect
+from qtd_pack.utils import Rect, cut, scaled
 from tiny_models import seeded_weights
 
 # The longest side of a part, and of the photo, in px.
@@ -63,9 +63,9 @@ def by_parts(encoder, x: torch.Tensor, largest: int, peaks: list[int] | None = N
         out = None
         for part in parts_of(Rect(0, 0, height, width), largest // layer.shrinks):
             with LiveBytes() if peaks is not None else contextlib.nullcontext() as live:
-                rect = Rect(*(edge * layer.shrinks for edge in (part.top, part.left, part.bottom, part.right)))
+                rect = scaled(part, layer.shrinks)
                 seen = Rect(max(rect.top - layer.before, 0), max(rect.left - layer.before, 0), min(rect.bottom + layer.after, x.shape[-2]), min(rect.right + layer.after, x.shape[-1]))
-                piece, beside = (None if whole is None else cut(whole, seen, Rect(0, 0, 0, 0)) for whole in (x, kept))
+                piece, beside = (None if whole is None else cut(whole, seen) for whole in (x, kept))
                 made, goes_on = layer.run(piece if moments is None else normalised(layer.norm, piece, moments), beside)
                 top, left = (part.top - seen.top // layer.shrinks, part.left - seen.left // layer.shrinks)
                 made = made[..., top:top + part.height, left:left + part.width]

@@ -21,7 +21,7 @@ def composite(original: torch.Tensor, image: torch.Tensor, tree: Quadtree, *, fe
     for name, picture in (("original", original), ("image", image)):
         check_picture(picture, name)
     shift = _shift_of_result(original, image)
-    alpha = _alpha(tree, original, image, shift, feather)
+    alpha = share_of_result(original, image, tree, feather=feather).to(image.device)[:, :, None]
     out = None
     # One by one, so that a video takes no more than itself.
     for number in range(len(image)):
@@ -32,15 +32,16 @@ def composite(original: torch.Tensor, image: torch.Tensor, tree: Quadtree, *, fe
     return out
 
 
-def _alpha(tree: Quadtree, original: torch.Tensor, image: torch.Tensor, shift, feather: int) -> torch.Tensor:
-    """How much of the result each of the original's pixels takes, (height, width, 1), on the result's device."""
+def share_of_result(original: torch.Tensor, image: torch.Tensor, tree: Quadtree, *, feather: int = 32) -> torch.Tensor:
+    """How much of the result each of the original's pixels takes, (height, width), as composite does; by the pictures' sizes alone."""
+    shift = _shift_of_result(original, image)
     spans = _placement_of_pictures(tree, original, image, shift)
     strength = strengths_at(tree, *(span.px(torch.arange(side, dtype=torch.float64) + 0.5) for span, side in zip(spans, original.shape[1:3])))
     changed = torch.zeros_like(strength)
     inside, _ = _common_parts(original, image, shift)
     changed[inside] = (strength[inside] > 0).float()
     radius = min(feather // 2, int(tree.min_leaf * min(span.scale for span in spans)) // 4)
-    return _inner_ramp(changed, radius).to(image.device)[:, :, None]
+    return _inner_ramp(changed, radius)
 
 
 def _shift_of_result(original: torch.Tensor, image: torch.Tensor) -> list[int]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import comfy.model_management
 import comfy.utils
 
-from .compositing import composite
+from .compositing import composite, share_of_result
 from .decode_plan import Plan, plan_decode
 from .decoders import Decoder, decoder_of
 from .piecewise import Limits, begin, decode_windows
@@ -83,8 +83,7 @@ def _alpha(original: torch.Tensor, tree: Quadtree, height: int, width: int, feat
         raise ValueError(
             f"original: expected the picture that was encoded, {width} x {height} px or less than a cell more, got {cols} x {rows}. "
             "Connect what went into VAE Encode, after all scaling.")
-    white, black = torch.ones(1, height, width, 1), torch.zeros(1, rows, cols, 1)
-    alpha = composite(black, white, tree, feather=feather)[0, :, :, 0]
+    alpha = share_of_result(original, torch.zeros(()).expand(1, height, width, 3), tree, feather=feather)
     top, left = (rows - height) // 2, (cols - width) // 2
     return alpha[top:top + height, left:left + width]
 

@@ -251,6 +251,14 @@ class QuadtreeTiledDiffusion(io.ComfyNode):
         return io.NodeOutput(TiledDiffusion(quadtree, original=None if original is None else original["samples"], tell=tell, **settings).patched(model))
 
 
+def _feather():
+    return io.Int.Input("feather", default=32, min=0, max=512, step=2, tooltip="Width in pixels of the passage between the two. It lies inside the leaves that changed, so that kept pixels stay exact.")
+
+
+def _result():
+    return io.Image.Output("image", tooltip="The result in the original's size, with strength-0 leaves exactly as in the original.")
+
+
 class QuadtreeComposite(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -262,9 +270,9 @@ class QuadtreeComposite(io.ComfyNode):
                 io.Image.Input("image", tooltip="The decoded result."),
                 io.Image.Input("original", tooltip="The picture that was encoded: of the size of image, or a little larger where the VAE has cropped it. The result has its size."),
                 TREE.Input("quadtree", tooltip="The tree that was sampled with."),
-                io.Int.Input("feather", default=32, min=0, max=512, step=2, tooltip="Width in pixels of the passage between the two. It lies inside the leaves that changed, so that kept pixels stay exact."),
+                _feather(),
             ],
-            outputs=[io.Image.Output("image", tooltip="The result in the original's size, with strength-0 leaves exactly as in the original.")],
+            outputs=[_result()],
         )
 
     @classmethod
@@ -284,10 +292,10 @@ class QuadtreeDecode(io.ComfyNode):
                 io.Latent.Input("samples", tooltip="The latent that was sampled."),
                 io.Image.Input("original", tooltip="The picture that was encoded: of the size of the result, or a little larger where the VAE has cropped it. The result has its size."),
                 TREE.Input("quadtree", tooltip="The tree that was sampled with."),
-                io.Int.Input("feather", default=32, min=0, max=512, step=2, tooltip="Width in pixels of the passage between the two. It lies inside the leaves that changed, so that kept pixels stay exact."),
+                _feather(),
                 io.Int.Input("window", default=0, min=0, max=8192, step=64, advanced=True, tooltip="Longest side in pixels of what is decoded at once; 0 takes what memory allows. Smaller windows need less memory and a little more time; the result is the same."),
             ],
-            outputs=[io.Image.Output("image", tooltip="The result in the original's size, with strength-0 leaves exactly as in the original.")],
+            outputs=[_result()],
         )
 
     @classmethod

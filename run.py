@@ -281,12 +281,17 @@ def check_disk(folder: Path, needed_gb: float) -> None:
         )
 
 
-def make_environment(env: Path, host: Path, pinned: bool) -> None:
-    """Make env, and host with it if it is the pinned one; the file .complete is written last."""
-    check_disk(env.parent, DISK_GB)
-    say(f"Making the environment {env} (once; some minutes) ...")
+def new_environment(env: Path, needed_gb: float, how_long: str) -> None:
+    """Make env anew, empty but for pip."""
+    check_disk(env.parent, needed_gb)
+    say(f"Making the environment {env} ({how_long}) ...")
     shutil.rmtree(env, ignore_errors=True)
     venv.EnvBuilder(symlinks=os.name != "nt", with_pip=bool(importlib.util.find_spec("ensurepip"))).create(env)
+
+
+def make_environment(env: Path, host: Path, pinned: bool) -> None:
+    """Make env, and host with it if it is the pinned one; the file .complete is written last."""
+    new_environment(env, DISK_GB, "once; some minutes")
     log = env / "pip.log"
     pip = pip_command(env)
     if pinned and not host.exists():
@@ -299,10 +304,7 @@ def make_environment(env: Path, host: Path, pinned: bool) -> None:
 
 def layer_environment(env: Path, host: Path, base: Path, version: str) -> None:
     """Make env with what an earlier host needs otherwise than base has it; all else, torch above all, comes from base."""
-    check_disk(env.parent, LAYER_GB)
-    say(f"Making the environment {env} (once) ...")
-    shutil.rmtree(env, ignore_errors=True)
-    venv.EnvBuilder(symlinks=os.name != "nt", with_pip=bool(importlib.util.find_spec("ensurepip"))).create(env)
+    new_environment(env, LAYER_GB, "once")
     (packages_of(env) / "base.pth").write_text(f"{packages_of(base)}\n", "utf-8")
     log = env / "pip.log"
     pip = pip_command(env)

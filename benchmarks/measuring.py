@@ -1,6 +1,7 @@
 """How are things measured here? The host, medians of interleaved repetitions, and tables."""
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import platform
@@ -73,6 +74,20 @@ def synchronize() -> None:
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def parsed(words: list[str], about: str, parts: Sequence[str], *flags: str) -> argparse.Namespace:
+    """The command line of parts to be measured, with --threads, which are set, and flags; an error for a part that there is not."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts))
+    parser.add_argument("--threads", type=int, default=1)
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
+    arguments = parser.parse_args(words)
+    if unknown := set(arguments.parts) - set(parts):
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    torch.set_num_threads(arguments.threads)
+    return arguments
 
 
 def with_section(results: str, section: str) -> str:

@@ -8,7 +8,6 @@ A part is a function of a module beside this file: its docstring's first line he
 """
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
 import inspect
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from measuring import import_host, table, with_section
+from measuring import import_host, parsed, table, with_section
 
 FILE = Path(__file__).resolve().with_name("RELIABILITY.md")
 
@@ -71,14 +70,7 @@ def write(sections: list[str], file: Path = FILE) -> None:
 
 
 def main(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args(words)
-    if unknown := set(arguments.parts) - set(PARTS):
-        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    torch.set_num_threads(arguments.threads)
+    arguments = parsed(words, __doc__, tuple(PARTS), "--write")
     import_host()
     for name in arguments.parts or PARTS:
         start = time.monotonic()

@@ -9,13 +9,10 @@ say nothing, and are not written.
 """
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 import time
 from pathlib import Path
-
-import torch
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("tree", "trees", "planning", "overhead", "budget", "memory", "cuda", "operations", "decode", "encode", "workers")
@@ -66,17 +63,9 @@ def main(words: list[str]) -> int:
         import reliability
 
         return reliability.main(words[1:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART")
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args(words)
-    if unknown := set(arguments.parts) - set(PARTS):
-        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    torch.set_num_threads(arguments.threads)
-    from measuring import import_host, machine
+    from measuring import import_host, machine, parsed
 
+    arguments = parsed(words, __doc__, PARTS, "--write", "--tiny")
     import_host()
     sections = ["# Results of `python run.py bench`\n\n" + machine()]
     for name in arguments.parts or PARTS:

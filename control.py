@@ -149,9 +149,9 @@ def _cut_hint(part, view: View) -> None:
     algorithm, element, unshuffle = part.upscale_algorithm, part.compression_ratio, getattr(getattr(part, "t2i_model", None), "unshuffle_amount", 1)
     cell_px = element * (part.vae.spacial_compression_encode() if part.vae is not None else 1)
     whole = _whole_hint(part, size, cell_px, unshuffle, canvas)
-    encoded = part.vae is not None and _whole_latent(part, whole, canvas)
     part.cond_hint_original = cut_padded(whole, rects, size, cell_px, unshuffle, canvas.rows)
     if part.vae is not None:
+        encoded = _whole_latent(part, whole, canvas)
         _give_encoded(part, cell_px // element, cut_rows(encoded, in_units_of(encoded, rects, element, element), canvas.rows))
     concat = [scaled(value, size[0] * element, size[1] * element, algorithm) for value in part.extra_concat_orig]
     part.extra_concat_orig = [cut_rows(value, in_units_of(value, rects, element, element), canvas.rows) for value in concat]

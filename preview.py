@@ -106,7 +106,6 @@ def kept_pictures() -> Pictures | None:
 def add_route(server) -> None:
     """Let the server keep pictures and answer for them; to be called before it starts."""
     pictures = server.app[PICTURES] = Pictures()
-
     desk = _Desk(pictures)
 
     @server.routes.post(ROUTE)

@@ -39,7 +39,6 @@ from .windows import group_windows
 
 KEY = "quadtree_tiled_diffusion"
 
-
 log = logging.getLogger(__name__)
 
 
@@ -268,7 +267,8 @@ class _Windows:
             if entry.get("hooks") is not None:
                 self.model.current_patcher.prepare_hook_patches_current_keyframe(self.sigma, entry["hooks"], self.model_options)
         if pending and "hints" not in self.canvas.prepared:
-            self.canvas.prepared["hints"] = cut_conds([conds], [pending[0].windows[0].rect], self.canvas) and True
+            cut_conds([conds], [pending[0].windows[0].rect], self.canvas)
+            self.canvas.prepared["hints"] = True
 
     def _next_batch(self, pending: deque[Batch]) -> Batch:
         """Take the windows that are to be run next, as many of one kind as may be run at once."""

@@ -138,7 +138,8 @@ def _blocks(case: RunCase, height: int, width: int) -> torch.Tensor:
 def _sigmas(case: RunCase, model) -> torch.Tensor:
     sampling = model.patcher.get_model_object("model_sampling")
     falling = comfy.samplers.calculate_sigmas(sampling, "simple", case.steps + 1)
-    middle = len(falling) // 2
+    # The host's Brownian samplers never end if a flow's first sigma, 1, is repeated.
+    middle = max(len(falling) // 2, 2)
     return {
         "falling": lambda: falling, "ends above 0": lambda: falling[:-1], "repeated": lambda: torch.cat([falling[:middle], falling[middle - 1:]]),
         "rising": lambda: falling.flip(0), "0 in front": lambda: torch.cat([torch.zeros(1), falling]), "begins late": lambda: falling[1:],

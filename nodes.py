@@ -17,7 +17,7 @@ from .painting import parse_edits
 from .placement import sides_in_proportion, strength_raster
 from .quadtree import METRICS, check_leaves, check_strengths
 from .region_nodes import CATEGORY, TREE, QuadtreeRegionPrompts, QuadtreeRegions, QuadtreeRegionText
-from .sampling_run import check_windows
+from .settings import check_windows
 from .strengths import MASK_EDGES, adjust_quadtree, quadtree_from_mask
 from .tiled_diffusion import TiledDiffusion
 from .windows import WINDOW_SHAPES, WRAPS
@@ -236,6 +236,7 @@ class QuadtreeTiledDiffusion(io.ComfyNode):
                 io.Combo.Input("wrap", options=list(WRAPS), default="none", optional=True, advanced=True, tooltip="For pictures that go on over their border: panoramas (horizontal) and textures (both). Windows then lie over the border, too, so that no seam shows there."),
                 io.Float.Input("hold_tones", default=0.0, min=0.0, max=1.0, step=0.05, optional=True, advanced=True, tooltip="Holds the picture's tones where windows drift apart in colour at high strengths: what varies more slowly than over a window is pulled to the original, most at the first steps. 0 holds nothing, 1 most."),
                 io.Combo.Input("window_shapes", options=list(WINDOW_SHAPES), default="tight", optional=True, advanced=True, tooltip="tight: rectangles as small as what is active allows, the cheapest. square: squares of a few sizes, for what is made anew for each shape; a compiled model gets them by itself."),
+                io.Float.Input("hold_layout", default=0.0, min=0.0, max=1.0, step=0.05, optional=True, advanced=True, tooltip="Holds windows together where each would make up a picture of its own, at strengths near 1: the model also looks at the whole picture, small, and what is large follows that look, most at the first steps. One window more at each step that needs it. 0 holds nothing, 1 most."),
             ],
             outputs=[io.Model.Output("model", tooltip="The patched model, for any sampler node.")],
             hidden=[io.Hidden.unique_id],

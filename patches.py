@@ -70,6 +70,15 @@ def windows_are_alone(model_options: dict, canvas: Canvas) -> bool:
     return canvas.prepared["alone"]
 
 
+def cut_anything(model_options: dict, rects: tuple[Rect, ...], canvas: Canvas) -> bool:
+    """True if a patch holds something that these windows get a part of; found out once in a run."""
+    key = "cut anything", rects
+    if key not in canvas.prepared:
+        cut_patches(model_options["transformer_options"], rects, canvas)
+        canvas.prepared[key] = any(part is not original for original, part in _copies(rects, canvas).made.values())
+    return canvas.prepared[key]
+
+
 def home_of_patches(rects: tuple[Rect, ...], canvas: Canvas) -> torch.device | None:
     """The device that has these windows' copies of patches, which count and keep what belongs to them; None if any will do."""
     for key, copies in canvas.copies.items():

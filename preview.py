@@ -27,7 +27,8 @@ from .denoise_schedule import on_steps, share_at
 from .drawing import VIRIDIS, strength_colour
 from .painting import edit_quadtree, painted_cells, parse_edits
 from .quadtree import METRICS, CellStatistics, Quadtree, check_leaves, coarsen, grow_quadtree, measure_cells
-from .sampling_run import STEP_PX, strengths_in_cells
+from .sampling_run import strengths_in_cells
+from .settings import STEP_PX
 from .tiled_diffusion import TiledDiffusion
 from .utils import Refusal
 from .windows import WindowCost, full_grid, plan_windows, window_sizes

@@ -99,10 +99,10 @@ def prompts_of_windows(
     entries = [entry for entries in conds for entry in entries or ()]
     if not any(_is_placed(entry) for entry in entries):
         return [conds] * len(rects)
-    is_on = [_is_on(entry, sigma) for entry in entries]
-    key = "prompts", id(active), tuple(rects), tuple((entry["uuid"], id(entry.get("mask"))) for entry in entries), tuple(is_on)
+    are_on = [is_on(entry, sigma) for entry in entries]
+    key = "prompts", id(active), tuple(rects), tuple((entry["uuid"], id(entry.get("mask"))) for entry in entries), tuple(are_on)
     if key not in canvas.prepared:
-        on = iter(is_on)
+        on = iter(are_on)
         canvas.prepared[key] = active, [entries and _choices(entries, rects, active, [next(on) for _ in entries], canvas) for entries in conds]
     _, choices = canvas.prepared[key]
     return list(zip(*(_asked(entries, of_cond, canvas) if entries else [entries] * len(rects) for entries, of_cond in zip(conds, choices))))
@@ -112,7 +112,7 @@ def _is_placed(entry: dict) -> bool:
     return "default" not in entry and ("mask" in entry or entry.get("strength", 1.0) == 0)
 
 
-def _is_on(entry: dict, sigma: torch.Tensor) -> bool:
+def is_on(entry: dict, sigma: torch.Tensor) -> bool:
     """Whether the host asks for an entry at this sigma."""
     start, end = entry.get("timestep_start"), entry.get("timestep_end")
     return not (start is not None and sigma[0] > start or end is not None and sigma[0] < end)

@@ -9,30 +9,27 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 import comfy.utils
 
-from .blending import METHODS, SHIFTS, Blend, plan_blend, shift_offsets
+from .blending import Blend, plan_blend, shift_offsets
 from .canvas import Canvas
 from .clock import Clock, falling_part
-from .denoise_schedule import EASE_CELLS, SCHEDULES, eased, on_steps, share_at, txt2img_share_at
+from .denoise_schedule import EASE_CELLS, eased, on_steps, share_at, txt2img_share_at
 from .devices import Crew
 from .finite import Lookout
 from .model_facts import is_compiled, patch_cells, window_cost
 from .placement import strength_raster
 from .quadtree import Quadtree
+from .settings import Settings
 from .watch import Watch
-from .windows import WINDOW_SHAPES, WRAPS, TilePlan, WindowCost, WindowSizes, full_grid, plan_windows, window_sizes
+from .windows import WRAPS, TilePlan, WindowCost, WindowSizes, full_grid, plan_windows
 
 # More windows at once fill no accelerator better, and a cancelled run would wait for all of them.
 LARGEST_BATCH = 16
-
-# Windows as tight as what is active have lengths that are multiples of this; half of it was measured to save 1 % more.
-STEP_PX = 64
 
 # Encoded pictures have a standard deviation of about 1 in the model's scale; above this a latent is mostly noise.
 NOISY = 2.0
@@ -44,62 +41,6 @@ OWN_STEPS = ("dpm_fast", "dpm_adaptive")
 TELL_EVERY = 0.5
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Settings:
-    """What the user chose. Sizes are pixels of the picture that is sampled; tile_batch_size 0 is as memory allows.
-
-    original, sigmas: the clean latent, as the host's nodes pass it, and the whole schedule, for a stage of several.
-    tell: is given lines for the user, how far a step is and in the end what the run did, each with its numbers by name.
-    wrap: along which axes the picture goes on over its border, one of WRAPS.
-    hold_tones: how much of the original's tones is held against windows that drift apart, see tones.py.
-    window_shapes: one of WINDOW_SHAPES.
-    """
-
-    tree: Quadtree
-    method: str = "Mixture of Diffusers"
-    schedule: str = "img2img"
-    tile_overlap: int = 64
-    tile_batch_size: int = 0
-    skip_diffusion_below: float = 0.0
-    min_window: int = 512
-    max_window: int = 1024
-    shift_method: str = "random"
-    seed: int = 0
-    original: torch.Tensor | None = None
-    sigmas: torch.Tensor | None = None
-    tell: Callable[..., None] | None = None
-    wrap: str = "none"
-    hold_tones: float = 0.0
-    window_shapes: str = "tight"
-
-    def __post_init__(self):
-        for name, allowed in (("method", METHODS), ("schedule", SCHEDULES), ("shift_method", SHIFTS), ("wrap", WRAPS), ("window_shapes", WINDOW_SHAPES)):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}.")
-        check_windows(self.min_window, self.max_window)
-        if self.tile_overlap < 0 or self.tile_batch_size < 0:
-            raise ValueError(f"tile_overlap and tile_batch_size: expected 0 or more, got {self.tile_overlap} and {self.tile_batch_size}.")
-        if not 0 <= self.skip_diffusion_below <= 1:
-            raise ValueError(f"skip_diffusion_below: expected a strength from 0 to 1, got {self.skip_diffusion_below}.")
-        if not 0 <= self.hold_tones <= 1:
-            raise ValueError(f"hold_tones: expected 0 to 1, got {self.hold_tones}.")
-
-    def sizes(self, model, are_square: bool = False) -> WindowSizes:
-        """The windows' sizes in cells of this model's latents. are_square: whatever the user chose."""
-        cell_px = model.latent_format.spacial_downscale_ratio
-        overlap = 0 if self.method == "SpotDiffusion" else self.tile_overlap
-        step = 0 if are_square or self.window_shapes == "square" else math.ceil(STEP_PX / cell_px)
-        return window_sizes(self.min_window // cell_px, self.max_window // cell_px, math.ceil(overlap / cell_px), patch_cells(model), WRAPS[self.wrap], step)
-
-
-def check_windows(min_window: int, max_window: int) -> None:
-    """Raise ValueError unless the sides of windows, in pixels, are in order."""
-    if not 0 < min_window <= max_window:
-        raise ValueError(
-            f"min_window: expected at least 1 px and at most max_window ({max_window}), got {min_window}. Make min_window smaller or max_window larger.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +101,12 @@ class Ledger:
         self.grid_windows += len(grid.windows)
         self.cost += plan.cost
         self.grid_cost += grid.cost
+
+    def count_look(self, size: tuple[int, int], cost_of: WindowCost) -> None:
+        """Take in a look at the whole picture, of so many cells."""
+        self.windows += 1
+        self.shapes.add(tuple(size))
+        self.cost += cost_of.of(*size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,6 +286,16 @@ class Run:
         whole = () if self.whole_x is None else self.whole_x
         rows = [next((kept for kept, row in zip(original, whole) if torch.equal(part, row)), None) for part in x]
         return None if any(row is None for row in rows) else torch.stack(rows).to(x)
+
+    @property
+    def follows_layout(self) -> bool:
+        """Whether there is a cell that follows a look at the whole picture, see layout.py."""
+        return bool(((self.share(self.progress, self.facts.levels) > 0) & (self.facts.levels > self.progress)).any()) and self.settings.hold_layout > 0
+
+    def tell_once(self, what: str, line: str) -> None:
+        if what not in self.ledger.warned:
+            self.ledger.warned.add(what)
+            log.warning("%s", line)
 
     def look_at(self, denoised: torch.Tensor) -> None:
         """Learn which cells of a call's result are numbers."""

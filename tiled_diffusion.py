@@ -27,12 +27,14 @@ from .blending import Blend
 from .canvas import Canvas
 from .conditioning import cut_conds, kind_of_window
 from .devices import Batch, Crew, Work, evened, find_crew, load_where_it_fits, one_by_one, options_of
+from .layout import follow, hindrance, hold_of, look_at
 from .model_facts import fills_devices, windows_that_fill, windows_that_fit
 from .outcome import concluded
 from .patches import apply_model, home_of_patches, windows_are_alone, with_windows
 from .prompts import prompts_of_windows
 from .refusals import check_canvas, check_controls, check_guidance, check_latent, check_size
-from .sampling_run import Call, Run, Settings, like
+from .sampling_run import Call, Run, like
+from .settings import Settings
 from .tones import hold_at, low_pass
 from .utils import cut_latent, pieces, slices
 from .windows import group_windows
@@ -172,6 +174,8 @@ def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
         totals = [None if cond is None else torch.zeros_like(x) for cond in conds]
         windows = _Windows(run, executor, model, dict(zip(plan.windows, prompts)), x, sigma, model_options, canvas, blend, totals)
         windows.evaluate(crew, conds)
+        if len(plan.windows) > 1 and run.follows_layout:
+            windows.follow_layout(crew, conds, original, active)
         results = [torch.zeros_like(x) if total is None else total for total in totals]
     if run.facts.original is None or run.least_share(run.progress) > 0:
         return results
@@ -190,9 +194,7 @@ def _crew_of(run: Run, conds, model_options: dict) -> tuple[Crew | None, dict]:
         return None, model_options
     stays = _what_stays(conds, model_options)
     if stays is not None:
-        if "one device" not in run.ledger.warned:
-            run.ledger.warned.add("one device")
-            log.warning("%s: windows stay on one device", stays)
+        run.tell_once("one device", f"{stays}: windows stay on one device")
         return None, options_of(model_options, ())
     if not run.ledger.crew:
         run.ledger.crew = (find_crew(model_options),)
@@ -248,6 +250,22 @@ class _Windows:
         if not self.run.settings.tile_batch_size and not self.run.watch.counts_rows:
             batches = evened(batches, len(crew.devices), lambda batch: windows_that_fill(batch.windows[0].rect, self.model, self.x))
         crew.run(batches, work)
+
+    def follow_layout(self, crew: Crew | None, conds, original: torch.Tensor, active: torch.Tensor) -> None:
+        """Lead the totals to one look at the whole picture."""
+        run, facts, side = self.run, self.run.facts, self.run.facts.sizes.sides[-1]
+        why = hindrance(conds, self.model_options, self.canvas)
+        look = look_at(self.x, self.sigma, conds, side, self.canvas, turned=run.step % 2 == 0) if why is None else None
+        if look is None:
+            run.tell_once("layout", f"hold_layout: {why or 'the picture is too small for it, or the model takes no noise'}, so windows follow no common layout")
+            return
+        run.ledger.count_look(look.x.shape[-2:], facts.cost_of)
+        options = self.model_options if crew is None else options_of(self.model_options, [crew.devices[0].key])
+        seen = run.watch.evaluate(self.executor, self.model, look.conds, look.x, look.sigma, options)
+        hold, active = hold_of(run.settings.hold_layout, facts.strengths, run.progress), active.to(original.device)
+        for index, total in enumerate(self.totals):
+            if total is not None:
+                self.totals[index] = follow(total, seen[index], look, hold, active, original, side, facts.sizes.wraps)
 
     def _batches(self) -> deque[Batch]:
         """The windows of one kind together, whatever their number."""

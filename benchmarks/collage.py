@@ -3,6 +3,9 @@
 The model is an ideal one: it knows that every picture is one wave, and only not where the wave begins, its phase. What it
 is given, a window's cells and the part of a reference that conditioning.py cuts for it, it weighs as Bayes would. The
 whole canvas in one window is of one phase; windows that have each made up their own, and keep to it, are a collage.
+
+How large it is shown a picture, a model sees by what there is in it. A wave does not tell; so the ideal one is told, by a
+sigma that is none of the schedule's, when it sees the whole small.
 """
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ CELL_PX = 8
 STEPS = 20
 PHASES = 16
 PERIOD = 32
+WINDOWS = 3
 # A wave so faint that a window has made up its mind after the first steps, and not in the first.
 HEIGHT = 0.05
 # How well a reference tells the phase: the noise on it, in heights of the wave.
@@ -30,28 +34,31 @@ REFERENCES = {"none": math.inf, "faint": 110.0, "clear": 20.0}
 
 @dataclass(frozen=True)
 class Way:
-    """How windows are laid and joined; three of them side by side are the picture. moving: the grid is another one at every step, and blends."""
+    """How windows are laid and joined; so many of them side by side are the picture. moving: the grid is another one at every step, and blends."""
 
     window_px: int
     overlap_px: int
     method: str = "Mixture of Diffusers"
     moving: bool = False
+    hold_layout: float = 0.0
 
     def settings(self) -> TiledDiffusion:
-        tree = even_tree(1.0, 3 * self.window_px, 3 * self.window_px)
+        tree = even_tree(1.0, WINDOWS * self.window_px, WINDOWS * self.window_px)
         return TiledDiffusion(
-            tree, method=self.method, min_window=self.window_px, max_window=self.window_px, tile_overlap=self.overlap_px, window_shapes="square", shift_method="fibonacci")
+            tree, method=self.method, min_window=self.window_px, max_window=self.window_px, tile_overlap=self.overlap_px, window_shapes="square",
+            shift_method="fibonacci", hold_layout=self.hold_layout)
 
 
 WAYS = (
     *(Way(256, overlap) for overlap in (0, 16, 32, 64, 96, 128)), Way(256, 64, "MultiDiffusion"), Way(256, 32, moving=True), Way(256, 64, moving=True),
-    Way(256, 0, "SpotDiffusion"), *(Way(512, overlap) for overlap in (64, 128, 192)))
+    Way(256, 0, "SpotDiffusion"), *(Way(512, overlap) for overlap in (64, 128, 192)),
+    *(Way(px, overlap, hold_layout=hold) for px, overlap in ((256, 0), (256, 32), (512, 64)) for hold in (0.5, 1.0)), Way(256, 0, "SpotDiffusion", hold_layout=1.0))
 
 
-def waves(width: int) -> torch.Tensor:
-    """All that the model holds possible, as one row of cells each, since a wave runs across: (phases, 16, width)."""
-    turns = torch.arange(width) / PERIOD + torch.arange(PHASES)[:, None] / PHASES
-    return HEIGHT * torch.cos(2 * math.pi * (turns[:, None] + torch.arange(16)[:, None] / 16))
+def waves(width: int, factor: int = 1) -> torch.Tensor:
+    """All that the model holds possible, as one row of cells each, since a wave runs across: (phases, 16, width). factor: how many cells are seen as one."""
+    turns = torch.arange(width * factor) / PERIOD + torch.arange(PHASES)[:, None] / PHASES
+    return HEIGHT * torch.cos(2 * math.pi * (turns[:, None] + torch.arange(16)[:, None] / 16)).unflatten(-1, (width, factor)).mean(-1)
 
 
 def likelihoods(seen: torch.Tensor, possible: torch.Tensor, scale: float, noise: float) -> torch.Tensor:
@@ -64,10 +71,11 @@ def ideal(blur: float):
     """The denoiser; blur: the noise on the reference, in heights of the wave."""
     def predict(call):
         sigma = float(call.sigma.flatten()[0])
-        possible = waves(call.x.shape[-1])
+        factor = 1 if bool((call.transformer_options["sample_sigmas"] == call.sigma.flatten()[0]).any()) else WINDOWS
+        possible = waves(call.x.shape[-1], factor)
         found = likelihoods(call.x, possible, 1 - sigma, sigma)
         for reference in call.conds["ref_latents"] if math.isfinite(blur) else ():
-            found = found + likelihoods(reference, possible, 1.0, blur * HEIGHT)
+            found = found + likelihoods(reference, possible, 1.0, blur * HEIGHT / factor)
         return torch.einsum("rp,pcx->rcx", found.softmax(-1), possible)[:, :, None].expand_as(call.x).clone()
     return predict
 
@@ -131,18 +139,28 @@ def collage_of(way: Way, reference: str = "none", seeds: int = 8) -> float:
 def collage_rows() -> list[list]:
     """A row for each way: the share of neighbours that are apart, for each reference."""
     return [
-        [way.method + ", moving" * way.moving, way.window_px, way.overlap_px, *(f"{collage_of(way, reference):.2f}" for reference in REFERENCES)]
+        [way.method + ", moving" * way.moving, way.window_px, way.overlap_px, way.hold_layout, *(f"{collage_of(way, reference):.2f}" for reference in REFERENCES)]
         for way in WAYS]
 
 
-COLUMNS = "way | window, px | overlap, px | no reference | a faint one | a clear one"
+COLUMNS = "way | window, px | overlap, px | hold_layout | no reference | a faint one | a clear one"
+
+
+def draw_collage() -> None:
+    """The same noise without a look at the whole, and with one: the first channel, grey where the wave is 0."""
+    from quality import save_strip
+
+    found = [painted(load("flux_kontext"), Way(512, 64, hold_layout=hold), math.inf, 0)[0, :, :, None].expand(-1, -1, 3) for hold in (0.0, 1.0)]
+    save_strip("quality_collage.png", [0.5 + 0.5 * cells / HEIGHT for cells in found], 2)
 
 
 def collage_text() -> str:
-    """What stands in QUALITY.md."""
+    """What stands in QUALITY.md; its picture is written beside it."""
     from quality import table
 
+    draw_collage()
     return (
         f"The share of neighbouring windows that end in different pictures at strength 1; {apart_at_random():.2f} if each made up its own. The model is an ideal one of pictures that are one wave, "
         "and what it does not know is where the wave begins; the truth, the whole canvas in one window, is 0.00. A reference latent shows it where, through noise: each window sees its part. "
-        f"Three windows by three, {STEPS} steps, eight seeds. Moving: the grid is another one at every step, and blends.\n\n{table(COLUMNS, collage_rows())}")
+        f"Three windows by three, {STEPS} steps, eight seeds. Moving: the grid is another one at every step, and blends.\n\n{table(COLUMNS, collage_rows())}\n\n"
+        "![Without hold_layout, with](quality_collage.png)\n\n*Three windows of 512 px by three, overlap 64 px, one noise: without hold_layout, and with 1.*")

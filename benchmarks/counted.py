@@ -9,7 +9,7 @@ import comfy.conds
 import torch
 from measuring import table
 from qtd_pack.model_facts import patch_cells, window_cost
-from qtd_pack.sampling_run import STEP_PX
+from qtd_pack.settings import STEP_PX
 from qtd_pack.tiled_diffusion import TiledDiffusion
 from qtd_pack.windows import TilePlan, WindowCost, WindowSizes, window_sizes
 

@@ -25,7 +25,7 @@ def counts_of_runs(name: str, runs: int, seed: int = 0) -> list[tuple[int, int, 
     model, draw, counts = load(name), random.Random(seed), []
     for number in range(runs):
         tree = striped_tree(*(draw.choice((0.0, 0.3, 0.6, 1.0)) for _ in range(4)), leaf=64) if number % 5 else even_tree(draw.random())
-        patcher = patched(model, tree, method=METHODS[number % 3], tile_overlap=draw.choice((0, 16, 32)), hold_tones=draw.choice((0.0, 0.5)))
+        patcher = patched(model, tree, method=METHODS[number % 3], tile_overlap=draw.choice((0, 16, 32)), hold_tones=draw.choice((0.0, 0.5)), hold_layout=draw.choice((0.0, 0.5)))
         sample(model, patcher, model.latent(256, 256, draw.choice((1, 2))), steps=2, cfg=draw.choice((1.0, 3.0)), noise_seed=number)
         del tree, patcher
         counts.append(living())

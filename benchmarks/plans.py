@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from qtd_pack.denoise_schedule import share_at
 from qtd_pack.quadtree import CellStatistics, Quadtree, grow_quadtree, measure_cells
-from qtd_pack.sampling_run import STEP_PX, strengths_in_cells
+from qtd_pack.sampling_run import strengths_in_cells
+from qtd_pack.settings import STEP_PX
 from qtd_pack.windows import TilePlan, WindowCost, WindowSizes, full_grid, plan_windows, window_sizes
 
 PHOTOS = ("astronaut", "camera", "chelsea", "coffee", "hubble_deep_field", "moon", "retina", "rocket")

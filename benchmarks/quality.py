@@ -477,6 +477,7 @@ def whole_cost(run) -> float:
 
 
 HOLDS = (0.0, 0.5, 1.0)
+LAYOUT_DRAWS = 3
 
 
 def window_colours(picture: torch.Tensor, reference: torch.Tensor, side: int = WINDOWS_PX[0]) -> float:
@@ -504,6 +505,26 @@ def tones_of(bench: Bench, name: str, strength: float, hold: float) -> tuple[flo
     everywhere = torch.ones(picture.shape[1] // CELL_PX, picture.shape[2] // CELL_PX, dtype=torch.bool)
     agreement = [figure(tiled, reference) for reference in (held, plain) for figure in (psnr, window_colours)]
     return *agreement, ghost(tiled, picture, everywhere), ghost(plain, picture, everywhere)
+
+
+def compare_layouts(bench: Bench) -> list[list]:
+    """A row for each window, strength and hold_layout: seams, agreement with the whole canvas, its cost."""
+    rows = []
+    for side, overlap in ((WINDOWS_PX[0], 16), (WINDOWS_PX[1], 32)):
+        for strength in (1.0, 0.75):
+            for hold in HOLDS:
+                rows.append([side, str(strength), str(hold), *layout_figures(bench, side, overlap, strength, hold)])
+    return rows
+
+
+def layout_figures(bench: Bench, side: int, overlap: int, strength: float, hold: float) -> list[str]:
+    make = lambda name: TiledDiffusion(even_tree(bench.pictures[name], strength), tile_overlap=overlap, min_window=side, max_window=side, hold_layout=hold)
+    pairs_by_picture = [bench.even_pairs(name, strength, LAYOUT_DRAWS, make(name)) for name in bench.pictures]
+    pairs = [pair for pairs in pairs_by_picture for pair in pairs]
+    colours = mean(window_colours(painting.picture, whole, side) for painting, whole in pairs)
+    ledgers = [painting.run.ledger for painting, _ in pairs]
+    cost = sum(ledger.cost for ledger in ledgers) / sum(ledger.grid_cost for ledger in ledgers)
+    return [*seams_and_agreement(pairs_by_picture), f"{colours:.1f}", f"{cost:.2f}"]
 
 
 EASINGS = (("img2img", 4), ("img2img", 2), ("img2img", 0), ("blend", 4), ("ramp", 4))
@@ -621,6 +642,7 @@ def table(header: str, rows: list[list]) -> str:
 
 WINDOW_COLUMNS = "way | window, px | overlap, px | seams, all | worst picture | PSNR to the whole canvas, dB | MS-SSIM | cost"
 TONE_COLUMNS = "strength | hold_tones | PSNR to one window held alike, dB | windows' colours | PSNR to the whole canvas without, dB | windows' colours | ghosts | of the whole canvas"
+LAYOUT_COLUMNS = "window, px | strength | hold_layout | seams, all | worst picture | PSNR to the whole canvas, dB | windows' colours | cost, of the full grid's"
 METHOD_COLUMNS = "method | schedule | seams, all | worst picture | PSNR to one window, dB"
 SCHEDULE_COLUMNS = "schedule | eased over, cells | leaf borders, mean | worst | ghosts at 0.25 | at 0.5 | at 1"
 DEFAULT_COLUMNS = "picture | seams at 0.5 | at 1 | by detail | leaf borders, at random | by detail"
@@ -673,6 +695,9 @@ SECTIONS = {
     "windows": ("Windows at strength 1", windows_text),
     "agreement": ("Tight windows and squares", agreement_text),
     "tones": ("Tones that hold", lambda bench: f"Windows of {WINDOWS_PX[0]} px, overlap 16 px. {TONES}\n\n{table(TONE_COLUMNS, compare_tones(bench))}"),
+    "layout": (
+        "Windows that follow one layout",
+        lambda bench: f"Windows' colours as above; overlap 16 and 32 px; {LAYOUT_DRAWS} noises each.\n\n{table(LAYOUT_COLUMNS, compare_layouts(bench))}"),
     "collage": ("One picture or a collage", collage_text),
     "methods": (
         "Methods and schedules",

@@ -18,7 +18,8 @@ from qtd_pack.drawing import draw_quadtree
 from qtd_pack.painting import Edit, Edits, edit_quadtree, painted_cells
 from qtd_pack.quadtree import METRICS, CellStatistics, build_quadtree, grids_of, grow_quadtree
 from qtd_pack.refusals import check_canvas
-from qtd_pack.sampling_run import STEP_PX, check_windows, strengths_in_cells
+from qtd_pack.sampling_run import strengths_in_cells
+from qtd_pack.settings import STEP_PX, check_windows
 from qtd_pack.strengths import adjust_quadtree, quadtree_from_mask
 from qtd_pack.utils import pieces, slices
 from qtd_pack.windows import WINDOW_SHAPES, WRAPS, WindowCost, full_grid, plan_windows, window_sizes

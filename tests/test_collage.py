@@ -23,6 +23,12 @@ def test_windows_that_see_their_part_of_a_clear_reference_agree_with_it():
     assert found(32, "clear") == 0
 
 
+def test_windows_that_follow_a_look_at_the_whole_agree():
+    """Of 512 px, with the default overlap; without the look they are a collage."""
+    apart = [collage.collage_of(collage.Way(512, 64, hold_layout=hold), seeds=3) for hold in (0.0, 1.0)]
+    assert apart[0] > 0.1 and apart[1] == 0
+
+
 def test_a_wave_is_found_where_it_begins_and_neighbours_are_compared_around_the_turn():
     wave = collage.waves(64)[3, :, None].expand(16, 64, 64)
     assert collage.phases(wave, 32).tolist() == [[3, 3], [3, 3]]

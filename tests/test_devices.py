@@ -187,6 +187,13 @@ def test_noise_masks_and_images_of_a_batch(over):
     assert torch.equal(one, two) and len(counted(calls)) == 2
 
 
+@pytest.mark.parametrize("family", ["flux_schnell", "sd15"])
+def test_a_look_at_the_whole_leads_windows_of_every_device_alike(over, family):
+    settings = SMALL[family] | {"hold_layout": 1.0, "tile_batch_size": 1}
+    one, several, calls = on_one_and_several(load(family), over(family), even_tree(1.0), settings=settings)
+    assert torch.equal(one, several) and len(counted(calls)) == 2
+
+
 def test_regions_whose_windows_cost_different_numbers_of_rows(over):
     model = load("flux_schnell")
     masks = [torch.zeros(1, SIDE_PX, SIDE_PX), torch.zeros(1, SIDE_PX, SIDE_PX)]

@@ -28,7 +28,7 @@ EVER = {
     "QuadtreeToMask": (["quadtree", "width", "height"], ["MASK"]),
     "QuadtreeTiledDiffusion": (
         ["model", "quadtree", "method", "schedule", "tile_overlap", "tile_batch_size", "skip_diffusion_below", "min_window", "max_window",
-         "shift_method", "seed", "original", "sigmas", "wrap", "hold_tones", "window_shapes"], ["MODEL"]),
+         "shift_method", "seed", "original", "sigmas", "wrap", "hold_tones", "window_shapes", "hold_layout"], ["MODEL"]),
     "QuadtreeComposite": (["image", "original", "quadtree", "feather"], ["IMAGE"]),
     "QuadtreeRegions": (["quadtree", "image", "region_size", "overlap"], ["IMAGE", "MASK", "IMAGE"]),
     "QuadtreeRegionText": (["regions", "text", "lines", "captions"], ["STRING"]),

@@ -80,6 +80,14 @@ def fixed_seeds():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def nothing_dead_stays_loaded():
+    """The host holds on to clones that are gone, as long as their weights live, and fails on them when it next encodes a hint."""
+    yield
+    from device_keys import forget_the_dead
+    forget_the_dead()
+
+
 @pytest.fixture(scope="session")
 def comfyui_dir() -> Path:
     """The folder of ComfyUI's main.py."""

@@ -37,12 +37,6 @@ SMALL["sd15"] = SMALL["sd15_inpaint"] = dict(min_window=64, max_window=128, tile
 COMBINED = [(family, method, SAMPLERS[(3 * row + column) % 12]) for row, family in enumerate(FAMILIES) for column, method in enumerate(METHODS)]
 
 
-@pytest.fixture(autouse=True)
-def nothing_stays_loaded():
-    yield
-    forget_the_dead()
-
-
 @pytest.fixture(scope="module")
 def over():
     """Models on several devices, made once each: over(family, count)."""

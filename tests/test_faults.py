@@ -9,7 +9,7 @@ import comfy.model_management
 import comfy.patcher_extension
 import pytest
 import torch
-from device_keys import KEYS, forget_the_dead, on_devices, seen_calls
+from device_keys import KEYS, on_devices, seen_calls
 from sampling import SIDE_PX, even_tree, load, patched, sample, striped_tree
 
 from qtd_pack import tiled_diffusion
@@ -31,7 +31,6 @@ def some(request):
 def nothing_is_interrupted():
     yield
     comfy.model_management.interrupt_current_processing(False)
-    forget_the_dead()
 
 
 @pytest.fixture(scope="module")

@@ -41,14 +41,6 @@ NO_OVERLAP = dict(min_window=128, max_window=128, tile_overlap=0)
 ONE_WINDOW = dict(min_window=512, max_window=512)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def nothing_stays_loaded():
-    """The host holds on to clones of clones that are gone, as long as their weights live, and fails on them when it next encodes a hint."""
-    yield
-    loaded = comfy.model_management.current_loaded_models
-    loaded[:] = [one for one in loaded if not one.is_dead()]
-
-
 def corner_and_spots():
     """A corner and a spot of 64 px to redraw: windows of two sizes."""
     mask = torch.zeros(1, SIDE_PX, SIDE_PX)

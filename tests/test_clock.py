@@ -78,3 +78,12 @@ def test_a_clock_that_cannot_follow_the_steps_goes_by_the_sigmas():
         found.append(clock.call(sigma, ANYTHING))
         clock.callback(step, 4)
     assert found == sorted(found) and found[-1] == 0.75
+
+
+def test_a_sampler_that_calls_back_at_the_end_of_steps_is_followed_when_it_stops_to_tell_other_sigmas():
+    """Two calls a step; the first step is told a tenth less noise than the schedule has, the others are not."""
+    clock, found = Clock(FALLING, FALLING), []
+    for step, told in enumerate(((0.9, 0.85), (0.8, 0.65), (0.5, 0.4))):
+        found += [clock.call(sigma, ANYTHING) for sigma in told]
+        clock.callback(step, 4)
+    assert found[0::2] == [0.0, 0.25, 0.5]

@@ -345,3 +345,15 @@ def test_a_changed_prompt_changes_its_region_alone():
         for second in (texts[2], texts[3])]
     assert torch.equal(outs[0][..., :16], outs[1][..., :16]) and torch.equal(outs[0][..., 48:], outs[1][..., 48:])
     assert (outs[0] - outs[1])[..., 16:48].abs().mean() > 1e-3
+
+
+def test_prompts_whose_masks_are_of_frames_share_no_batch_with_ones_of_the_picture():
+    """The left half's mask has a plane for each frame, the right one's one for all; windows of each have no part in the other's."""
+    model = load("wan21_t2v")
+    left, right = columns(256, 256, height=SIDE)
+    latent = model.latent(SIDE, SIDE)
+    frames = left[:, None].expand(-1, latent.shape[2], -1, -1)
+    positive = [[text, values | {"mask": mask, "mask_strength": 1.0}] for value, mask in ((1.0, frames), (2.0, right)) for text, values in prompt(value, "wan21_t2v")]
+    patcher = tiled(model.patcher, SIDE, SIDE, tile_overlap=0)
+    out = denoised(with_prediction(patcher, prompted), latent, positive, percents=(0.3,))
+    assert torch.allclose(out[..., :32], torch.tensor(1.0), atol=1e-5) and torch.allclose(out[..., 32:], torch.tensor(2.0), atol=1e-5)

@@ -331,6 +331,16 @@ def test_the_vae_is_left_as_it_was_and_serves_two_threads_at_once(fitted):
     assert modules == {name: (type(module), id(module), dict(module._forward_hooks), dict(module._forward_pre_hooks)) for name, module in vae.first_stage_model.named_modules()}
 
 
+@pytest.mark.parametrize("enough_for, side", [(1024, 1024), (512, 512), (256, 256), (128, 128), (16, 128)])
+def test_a_window_is_the_picture_or_half_of_it_or_a_quarter_until_memory_suffices(monkeypatch, enough_for, side):
+    """Down to the least. The host reckons by area, so there is less than twice as much where half a side would do."""
+    vae, samples = autoencoders.demo(), torch.zeros(1, 16, 96, 128)
+    free = 1.1 * decode._memory(vae, samples, enough_for)
+    monkeypatch.setattr(vae.patcher, "get_free_memory", lambda device: free)
+    assert decode._load(vae, samples, 0) == (side, decode._memory(vae, samples, side))
+    assert decode._load(vae, samples, 512) == (512, decode._memory(vae, samples, 512))
+
+
 @pytest.mark.parametrize("vae", [autoencoders.demo, autoencoders.fitted], ids=["tiny", "fitted"])
 def test_a_window_that_memory_does_not_suffice_for_is_halved(vae, caplog):
     """As a device would: a layer raises the host's own exception for what is too large."""

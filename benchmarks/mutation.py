@@ -77,6 +77,7 @@ WIDER = ("tiled_diffusion", "fuzz")
 # What no test can see, and why: by module, function and change.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("conditioning", "_in_proportion", "split > 1 -> (split >= 1)"): "a tensor repeated once is itself",
+    ("denoise_schedule", "on_steps", "strength > 0 -> (strength >= 0)"): "the step that 0 would be raised to is 0",
 }
 
 # A process's own copy of the pack; see copy_pack.

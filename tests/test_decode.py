@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import autoencoders
 import comfy.model_management
+import comfy.ops
 import comfy.pixel_space_convert
 import comfy.sd
 import comfy.utils
@@ -94,6 +95,28 @@ def test_the_tiny_autoencoder_gives_what_a_whole_decode_gives(width, height, fea
     latent = vae.encode(original)
     result = decode_changed(vae, latent, original, tree, feather=feather, window=64)
     assert (result - composite(original, vae.decode(latent), tree, feather=feather)).abs().max() < 1e-5
+
+
+def test_what_the_host_brings_of_a_norms_weights_is_given_back(monkeypatch):
+    """Each time, to the host that may have brought it by a stream of the device."""
+    lent, cast, uncast = [], comfy.ops.cast_bias_weight, comfy.ops.uncast_bias_weight
+
+    def lend(norm, *args, **options):
+        found = cast(norm, *args, **options)
+        lent.append(id(norm))
+        return found
+
+    def take_back(norm, *args):
+        lent.remove(id(norm))
+        return uncast(norm, *args)
+
+    norm = autoencoders.fitted().first_stage_model.decoder.norm_out
+    moments = piecewise.Moments(torch.zeros(norm.num_groups), torch.ones(norm.num_groups))
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", lend)
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", take_back)
+    x = torch.randn(1, norm.num_channels, 4, 4)
+    expected = x * norm.weight[:, None, None] + norm.bias[:, None, None]
+    assert torch.allclose(piecewise.normalised(norm, x, moments), expected, atol=1e-4) and lent == []
 
 
 @pytest.mark.parametrize("kind", autoencoders.KINDS)

@@ -10,9 +10,11 @@ from seen import denoised
 from tiny_controls import picture
 from tiny_models import drawer, load
 
-from qtd_pack.patches import WINDOWS
+from qtd_pack.canvas import Canvas
+from qtd_pack.patches import WINDOWS, cut_patches
 from qtd_pack.strengths import quadtree_from_mask
 from qtd_pack.tiled_diffusion import TiledDiffusion
+from qtd_pack.utils import Rect
 
 # Cells are 32 x 48.
 HEIGHT_PX, WIDTH_PX = 256, 384
@@ -323,3 +325,14 @@ def test_what_cannot_be_cut_is_named_once_in_a_run(patch, named, caplog):
     seen_options(patcher)
     said = [record.getMessage() for record in caplog.records if "every window sees the whole of it" in record.getMessage()]
     assert said == [f"{what} is not known to belong to a part of the picture: every window sees the whole of it" for what in named]
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_in_a_list_masks_are_cut_and_what_lies_beside_them_is_passed_on(kind):
+    """What holds no mask at all stays the object that it is."""
+    mask, weights = mask_of(32, 48), kind([0.5, "weight"])
+    canvas = Canvas(load("sd15").patcher.model, (1, 4, 32, 48), torch.device("cpu"), 8, {}, {})
+    given = {"theirs": {"regional_masks": kind([mask, 0.5, None]), "weights": weights}}
+    found = cut_patches(given, [Rect(8, 16, 24, 40)], canvas)["theirs"]
+    assert type(found["regional_masks"]) is kind and torch.equal(found["regional_masks"][0], mask[:, 8:24, 16:40])
+    assert found["regional_masks"][1:] == kind([0.5, None]) and found["weights"] is weights

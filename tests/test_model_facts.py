@@ -7,8 +7,9 @@ import torch
 from conftest import ROOT, load_module
 from tiny_models import FAMILIES, load
 
-from qtd_pack.model_facts import _memory_required, window_cost
+from qtd_pack.model_facts import _memory_required, window_cost, windows_that_fill
 from qtd_pack.network_work import Work, network_work
+from qtd_pack.utils import Rect
 from qtd_pack.windows import WindowCost, window_sizes
 
 full_size = load_module("qtd_full_size", ROOT / "benchmarks" / "full_size.py")
@@ -49,6 +50,13 @@ def test_a_reference_that_is_not_cut_is_paid_whole_by_every_window(name):
 def test_a_reference_of_the_canvas_size_is_cut_to_the_window():
     sizes = (32, 32), (96, 64)
     assert_priced(priced("FLUX.1-dev", (128, 128), references=((128, 128),)), {size: full_size.operations("FLUX.1-dev", *size, references=(size,)) for size in sizes})
+
+
+@pytest.mark.parametrize("name, shape, windows", [
+    ("flux_schnell", (1, 16, 256, 256), 4), ("flux_schnell", (3, 16, 256, 256), 2), ("wan21_t2v", (1, 16, 3, 256, 256), 2), ("flux2", (1, 128, 128, 128), 1)])
+def test_so_many_windows_fill_a_device_as_have_the_pixels_of_one_of_1024_px(name, shape, windows):
+    """Of 64 x 64 cells: of all images of a batch, and of all frames of a video, whose latents have a frame each."""
+    assert windows_that_fill(Rect(0, 0, 64, 64), load(name).patcher.model, torch.zeros(shape)) == windows
 
 
 @pytest.mark.parametrize("name", FAMILIES)

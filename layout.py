@@ -83,7 +83,7 @@ def look_at(x: torch.Tensor, sigma: torch.Tensor, conds: Sequence[Sequence[dict]
     told = _sigma_of_means(canvas.model.model_sampling, float(sigma.flatten()[0]), factor)
     if not height or not width or told is None:
         return None
-    top, left = (length // 2 // unit * unit if wraps and turned else 0 for length, wraps in zip(canvas.size, canvas.wraps))
+    top, left = (length // 2 // canvas.patch * canvas.patch if wraps and turned else 0 for length, wraps in zip(canvas.size, canvas.wraps))
     rect = Rect(-top, -left, height - top, width - left)
     on = [None if entries is None else [entry for entry in entries if is_on(entry, sigma)] for entries in conds]
     small = [None if entries is None else _small_entries(entries, rect, factor) for entries in cut_conds([on], [rect], canvas)]

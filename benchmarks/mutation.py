@@ -62,7 +62,7 @@ TESTS = {
     "refusals": ("tiled_diffusion", "sampler_nodes", "foreign_wrappers"),
     "region_nodes": ("region_nodes",),
     "regions": ("regions", "region_nodes"),
-    "sampling_run": ("tiled_diffusion", "sampler_nodes", "foreign_samplers"),
+    "sampling_run": ("tiled_diffusion", "sampler_nodes", "foreign_samplers", "control"),
     "settings": ("tiled_diffusion", "tones", "layout"),
     "strengths": ("strengths", "quadtree"),
     "tiled_diffusion": ("tiled_diffusion", "spot_diffusion", "sampler_nodes", "conditioning", "devices", "faults"),
@@ -78,6 +78,7 @@ WIDER = ("tiled_diffusion", "fuzz")
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("conditioning", "_in_proportion", "split > 1 -> (split >= 1)"): "a tensor repeated once is itself",
     ("denoise_schedule", "on_steps", "strength > 0 -> (strength >= 0)"): "the step that 0 would be raised to is 0",
+    ("utils", "_spans_in_window", "0 -> 1"): "of a window that begins at 0 both ways say the same",
 }
 
 # A process's own copy of the pack; see copy_pack.

@@ -15,6 +15,7 @@ from seen import HEIGHT_PX, WIDTH_PX, assert_windows_see_their_part, denoised, e
 from tiny_controls import EchoVAE, echo_adapter, echo_control, echoed, picture
 from tiny_models import drawer, load, with_prediction
 
+from qtd_pack import control as pack_control
 from qtd_pack.canvas import cut_padded
 from qtd_pack.tiled_diffusion import KEY
 from qtd_pack.utils import Rect
@@ -342,3 +343,13 @@ def test_two_windows_of_two_images_have_a_row_of_the_one_hint_each():
     hint = torch.arange(4.0).expand(1, 1, 2, 4)
     cut = cut_padded(hint, [Rect(0, 0, 2, 2), Rect(0, 2, 2, 4)], (2, 4), 1, 1, rows=2)
     assert cut[:, 0, 0].tolist() == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+def test_a_windows_part_of_a_hint_is_cut_once_in_a_run_whatever_the_number_of_its_steps(monkeypatch):
+    model, cut, counts = load("sd15"), pack_control._cut_hint, []
+    positive, _ = controlled("sd15", echo_control(), hint=picture(256, 256))
+    monkeypatch.setattr(pack_control, "_cut_hint", lambda part, view: counts.append(view.rects) or cut(part, view))
+    for percents in ((0.3,), (0.3, 0.5, 0.7)):
+        patcher = with_prediction(tiled(model.patcher, 256, 256, tile_overlap=0, tile_batch_size=1), echoed)
+        denoised(patcher, model.latent(256, 256), positive, percents=percents)
+    assert len(counts) == 2 * 4 and set(counts[:4]) == set(counts[4:])

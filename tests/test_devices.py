@@ -208,6 +208,18 @@ def test_patches_of_other_packs_that_hold_a_mask_see_their_part_on_every_device(
     assert torch.equal(one, two) and len(counted(calls)) == 2
 
 
+def test_what_is_learnt_of_foreign_code_is_learnt_first_so_that_batches_are_those_of_one_device(over):
+    """A patch that passes everything on: one window alone, by which that is seen, then several at once, on one device and on two."""
+    put = lambda patcher: patcher.set_model_attn1_patch(lambda q, k, v, options: (q, k, v)) or patcher
+    settings, counts = SMALL["sd15"] | {"max_window": 64, "tile_batch_size": 4}, []
+    for model in (load("sd15"), over("sd15")):
+        patcher = put(patched(model, even_tree(1.0), **settings))
+        with seen_calls(patcher) as calls:
+            sampled(model, patcher)
+        counts.append(sorted(call.cells for call in calls))
+    assert counts[0] == counts[1] and len(set(counts[0])) > 1
+
+
 class Counting:
     """A patch that holds a mask and does something else at each of its calls."""
 

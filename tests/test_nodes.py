@@ -85,6 +85,13 @@ def test_defaults_are_those_of_the_pack(node_id, function):
     assert own == {name: value for name, value in defaults(node_id).items() if name != "edits"}
 
 
+def test_what_the_predecessor_had_no_setting_for_is_as_on_a_new_node_but_for_its_threshold_and_largest_leaf():
+    for replacement in nodes._of_predecessor():
+        given = {mapping["new_id"]: mapping["set_value"] for mapping in replacement.input_mapping if "set_value" in mapping}
+        other = {"detail_budget": 0.0, "max_leaf": 1024} if replacement.new_node_id == "QuadtreeFromImage" else {}
+        assert len(given) > 3 and given == {name: defaults(replacement.new_node_id)[name] for name in given} | other
+
+
 @pytest.mark.short
 def test_a_graph_without_edits_runs_and_its_result_says_what_the_browser_needs(server, picture):
     outputs = server.run_graph(tree_graph(**settings_of_tree()))

@@ -31,7 +31,7 @@ FEW = 2
 # The tests of a module, the narrowest first; then what is tried if they see nothing. Others have those of their own name, if any.
 TESTS = {
     "blending": ("windows", "spot_diffusion", "tiled_diffusion"),
-    "canvas": ("conditioning", "control", "wrap"),
+    "canvas": ("conditioning", "control", "wrap", "foreign_controls", "foreign_masks"),
     "clock": ("clock", "foreign_samplers"),
     "compositing": ("compositing", "quadtree"),
     "conditioning": ("conditioning", "prompts", "wrap"),

@@ -20,6 +20,10 @@ from seen import HEIGHT_PX, WIDTH_PX, assert_windows_are_their_parts_alone, asse
 from tiny_controls import picture, spread
 from tiny_models import TOKENS, UNET, Call, Family, TinyModel, build, drawer, load, seeded_weights, with_prediction
 
+from qtd_pack.canvas import Canvas
+from qtd_pack.conditioning import _guide_in_window
+from qtd_pack.utils import Rect
+
 GUIDES_HAVE_MASKS = "attention_mask" in inspect.signature(LTXVAddGuide.execute).parameters
 
 
@@ -511,3 +515,15 @@ def test_hidream_o1_lists_the_tokens_of_the_window(references):
         for key, cond in expected.items():
             value = call.conds[key]
             assert torch.equal(value, cond.cond.expand_as(value)) if torch.is_tensor(value) else value == cond.cond
+
+
+def test_a_guide_of_fewer_tokens_has_those_whose_cells_lie_in_the_window():
+    """Of 12 x 20 cells with a token at every second one; the window of rows 3 to 8 and columns 5 to 11 holds those of cells 4, 6, 8 and 6, 8, 10."""
+    canvas = Canvas(load("ltxv").patcher.model, (1, 128, 2, 12, 20), torch.device("cpu"), 1, {}, {})
+    small = 100.0 * torch.arange(6)[:, None] + torch.arange(10)
+    mask = small.repeat_interleave(4, 0).repeat_interleave(4, 1).expand(1, 1, 2, -1, -1)
+    guide = {"pre_filter_count": 2 * 12 * 20, "latent_shape": [2, 6, 10], "pixel_mask": mask, "strength": 0.7}
+    found = _guide_in_window(guide, Rect(3, 5, 9, 12), canvas)
+    assert (found["pre_filter_count"], found["latent_shape"], found["strength"]) == (2 * 6 * 7, [2, 3, 3], 0.7)
+    assert torch.equal(found["pixel_mask"], small[2:5, 3:6].expand(1, 1, 2, -1, -1))
+    assert _guide_in_window({**guide, "pixel_mask": None}, Rect(3, 5, 9, 12), canvas)["pixel_mask"] is None

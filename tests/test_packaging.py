@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NODES = {
     "QuadtreeFromImage", "QuadtreeFromMask", "QuadtreeAdjust", "QuadtreeToMask", "QuadtreeTiledDiffusion", "QuadtreeComposite",
     "QuadtreeRegions", "QuadtreeRegionText", "QuadtreeRegionPrompts", "QuadtreeDecode"}
+# By its module: an environment for an earlier host has no command of it.
+COMFY_CLI = (sys.executable, "-m", "comfy_cli")
 
 
 def run(*words: str, folder: Path, home: Path) -> str:
@@ -37,20 +39,20 @@ def clone(tmp_path_factory) -> tuple[Path, Path]:
     run("git", "init", "-q", folder=folder, home=home)
     run("git", "add", "-A", folder=folder, home=home)
     run("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", "as it is", folder=folder, home=home)
-    run("comfy", "--skip-prompt", "tracking", "disable", folder=folder, home=home)
+    run(*COMFY_CLI, "--skip-prompt", "tracking", "disable", folder=folder, home=home)
     return folder, home
 
 
 @pytest.fixture(scope="module")
 def archive(clone) -> zipfile.ZipFile:
     folder, home = clone
-    run("comfy", "--skip-prompt", "node", "pack", folder=folder, home=home)
+    run(*COMFY_CLI, "--skip-prompt", "node", "pack", folder=folder, home=home)
     with zipfile.ZipFile(folder / "node.zip") as packed:
         yield packed
 
 
 def test_the_registrys_check_finds_nothing(clone):
-    said = run("comfy", "--skip-prompt", "node", "validate", folder=clone[0], home=clone[1])
+    said = run(*COMFY_CLI, "--skip-prompt", "node", "validate", folder=clone[0], home=clone[1])
     assert said.splitlines() == ["Validating node configuration...", "Running security checks...", "\u2713 All validation checks passed successfully"]
 
 

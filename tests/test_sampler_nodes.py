@@ -7,7 +7,8 @@ import comfy_extras.nodes_advanced_samplers as advanced
 import comfy_extras.nodes_custom_sampler as custom
 import pytest
 import torch
-from comfy_extras.nodes_perpneg import PerpNegGuider
+from comfy_extras import nodes_perpneg
+from hosts import needs
 from nodes import KSampler, KSamplerAdvanced
 from sampling import SIDE_PX, even_tree, load, striped_tree
 
@@ -171,11 +172,18 @@ GUIDERS = {
     "DualCFGGuider": lambda patcher, positive, negative: custom.DualCFGGuider.execute(patcher, positive, negative, negative, 3.0, 2.0, "regular"),
     "DualCFGGuider nested": lambda patcher, positive, negative: custom.DualCFGGuider.execute(patcher, positive, negative, negative, 3.0, 2.0, "nested"),
     "DualModelGuider": lambda patcher, positive, negative: custom.DualModelGuider.execute(patcher, positive, 3.0, load("flux_dev").patcher, load("flux_dev").negative(SIDE_PX, SIDE_PX)),
-    "PerpNegGuider": lambda patcher, positive, negative: PerpNegGuider.execute(patcher, positive, negative, negative, 3.0, 1.0),
+    "PerpNegGuider": lambda patcher, positive, negative: nodes_perpneg.PerpNegGuider.execute(patcher, positive, negative, negative, 3.0, 1.0),
 }
 
 
-@pytest.mark.parametrize("guider", GUIDERS.values(), ids=GUIDERS.keys())
+def on_this_host(nodes: dict, *modules) -> list:
+    """The nodes as a test's parameters; those that this host lacks are skipped."""
+    return [
+        pytest.param(make, id=name, marks=[needs(f"node {name}", any(hasattr(module, name) for module in modules))] if name[0].isupper() and " " not in name else [])
+        for name, make in nodes.items()]
+
+
+@pytest.mark.parametrize("guider", on_this_host(GUIDERS, custom, nodes_perpneg))
 def test_every_guider_keeps_redraws_and_is_itself_in_one_window(model, guider):
     latent, sigmas = picture(model), sigmas_of(model)
 
@@ -207,7 +215,7 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
+@pytest.mark.parametrize("sampler", on_this_host(SAMPLERS, custom, advanced))
 @pytest.mark.parametrize("name", ["flux_schnell", "sd15"])
 def test_every_sampler_node_keeps_and_redraws(name, sampler):
     model = load(name)

@@ -615,3 +615,10 @@ def test_another_packs_self_attention_guidance_is_refused_where_there_are_window
     patcher.set_model_sampler_post_cfg_function(named(lambda args: args["denoised"], "pack", "BetterSelfAttentionGuidance.patch.<locals>.post_cfg"))
     with pytest.raises(ValueError, match="Self-Attention Guidance: expected the whole picture in one window"):
         run(tiled(patcher, NO_OVERLAP), "sd15")
+
+
+@pytest.mark.parametrize("count, named", [(1, "hook 0"), (5, "hook 0, hook 1, hook 2, hook 3, hook 4"), (7, "hook 0, hook 1, hook 2, hook 3, hook 4 and 2 more")])
+def test_of_many_foreign_things_the_first_five_are_named_and_the_others_counted(count, named, monkeypatch):
+    monkeypatch.setattr(foreign.Foreign, "name", property(lambda one: one.place))
+    monkeypatch.setattr(foreign, "name_of", lambda thing: thing)
+    assert foreign.names_of([foreign.Foreign(f"hook {number}", number) for number in range(count)]) == named

@@ -22,6 +22,7 @@ from tiny_models import with_prediction as with_call
 from qtd_pack.canvas import Canvas
 from qtd_pack.utils import Rect, cut, parts_in_window, pieces
 from qtd_pack.conditioning import RULES_OF_CONDS
+from qtd_pack.cover import Axis, _quiet_place
 from qtd_pack.denoise_schedule import eased
 from qtd_pack.nodes import QuadtreeTiledDiffusion
 from qtd_pack.tiled_diffusion import KEY, TiledDiffusion
@@ -519,3 +520,12 @@ def test_self_attention_guidance_is_refused_on_a_ring_even_in_one_window(model, 
     patcher = TiledDiffusion(even_tree(1.0), min_window=1024, max_window=1024, wrap=wrap).patched(guided)
     with pytest.raises(ValueError, match="Self-Attention Guidance: expected the whole picture in one window"):
         sample(sd, patcher, cfg=4.0, steps=1)
+
+
+@pytest.mark.parametrize("first, last, moved", [(0, 64, 8), (60, 68, 8), (50, 60, 16), (44, 60, 24)])
+def test_a_ring_is_cut_where_little_goes_on_over_the_cut_and_else_in_the_middle_of_a_square(first, last, moved):
+    """64 cells in squares of 16; active are those from one to another. Rolled by 8, 16 or 24, the ends are at cell 56, 48 or 40."""
+    active = torch.zeros(64, 8, dtype=torch.bool)
+    active[[place % 64 for place in range(first, last)]] = True
+    assert _quiet_place(active, Axis(64, True, 16, 2, (16, 32), (16, 32), 0), 2) == moved
+    assert _quiet_place(active, Axis(64, False, 16, 2, (16, 32), (16, 32), 0), 2) == 0

@@ -1,6 +1,8 @@
 """Masks that patches of other packs hold: with its part of them, a window is what its crop is by itself."""
 from __future__ import annotations
 
+import types
+
 import comfy.hooks
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tiny_controls import picture
 from tiny_models import drawer, load
 
 from qtd_pack.canvas import Canvas
+from qtd_pack.masks import empty_caches
 from qtd_pack.patches import WINDOWS, cut_patches
 from qtd_pack.strengths import quadtree_from_mask
 from qtd_pack.tiled_diffusion import TiledDiffusion
@@ -336,3 +339,15 @@ def test_in_a_list_masks_are_cut_and_what_lies_beside_them_is_passed_on(kind):
     found = cut_patches(given, [Rect(8, 16, 24, 40)], canvas)["theirs"]
     assert type(found["regional_masks"]) is kind and torch.equal(found["regional_masks"][0], mask[:, 8:24, 16:40])
     assert found["regional_masks"][1:] == kind([0.5, None]) and found["weights"] is weights
+
+
+def test_of_what_is_called_a_cache_only_what_holds_tensors_is_forgotten():
+    """A tuple of settings, a name and a number are no cache, whatever they are called; an original says that what it is named after was made."""
+    part, mask = types.SimpleNamespace(), torch.ones(4, 4)
+    vars(part).update(
+        cache_size=(64, 64), cache_name="both", cached=3, cache_of_masks=(mask, 1), cache_of_lists=[[mask], 2], cache_of_numbers=[1, 2], cache={"a": mask},
+        mask=mask, mask_original=mask, by_size={(8, 8): mask}, weight=mask)
+    empty_caches(part, ())
+    expected = dict(
+        cache_size=(64, 64), cache_name="both", cached=3, cache_of_masks=None, cache_of_lists=[], cache_of_numbers=[1, 2], cache={}, mask=None, by_size={})
+    assert {name: getattr(part, name) for name in expected} == expected and part.mask_original is mask and part.weight is mask

@@ -21,8 +21,9 @@ from test_control import prompts, sizes_px
 from test_prompts import columns, prompt, prompted, regional, soft_masks
 from tiny_models import FAMILIES, drawer, recorded, with_prediction
 
-from qtd_pack.layout import _means, _sigma_of_means, hold_of
+from qtd_pack.layout import Look, _means, _sigma_of_means, follow, hold_of
 from qtd_pack.tiled_diffusion import TiledDiffusion
+from qtd_pack.utils import Rect
 
 MODEL = "flux_schnell"
 # In cells 50 x 66 and 48 x 64: of the first, what the look leaves out is as what is next to it.
@@ -292,3 +293,17 @@ def test_pictures_in_patches_are_told_and_go_on_as_without(kind, caplog):
         for hold in (0.0, 1.0)]
     assert torch.equal(*outs) and outs[0].std() > 0.02
     assert caplog.text.count("hold_layout: a patch holds something of the picture, so windows follow no common layout") == 1
+
+
+@pytest.mark.parametrize("row, col", [(0, 0), (1, 3), (5, 7), (6, 11)])
+def test_what_is_seen_of_a_ring_is_followed_where_it_was_seen(row, col):
+    """The look begins 8 rows and 16 columns before the latent's first, and four cells are one; rows beyond it are as the nearest."""
+    look = Look(Rect(-8, -16, 20, 32), 4, torch.zeros(1), torch.zeros(1), [])
+    nothing, seen = torch.zeros(1, 4, 32, 48), torch.zeros(1, 4, 7, 12)
+    seen[0, 2, row, col] = 1
+    out = follow(nothing, seen, look, torch.full((32, 48), 0.5), torch.ones(32, 48, dtype=torch.bool), nothing, 32, (True, True))
+    rows, cols = ([(first + place) % length for place in range(4)] for first, length in ((4 * row - 8, 32), (4 * col - 16, 48)))
+    block = out[0, 2][rows][:, cols]
+    assert out.abs().max() == block.max() > 0.35 and out[0, [0, 1, 3]].abs().max() == 0
+    beyond = torch.tensor([(place - 8) % 32 for place in range(28, 32)])
+    assert torch.equal(out[0, 2, beyond], out[0, 2, 19:20].expand(4, -1))

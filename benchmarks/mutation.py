@@ -76,6 +76,7 @@ WIDER = ("tiled_diffusion", "fuzz")
 
 # What no test can see, and why: by module, function and change.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("clock", "_compare", "abs(ratio - 1) < 0.001 -> (abs(ratio - 1) <= 0.001)"): "no quotient of two sigmas is a thousandth off to the last bit",
     ("conditioning", "_in_proportion", "split > 1 -> (split >= 1)"): "a tensor repeated once is itself",
     ("denoise_schedule", "on_steps", "strength > 0 -> (strength >= 0)"): "the step that 0 would be raised to is 0",
     ("utils", "_spans_in_window", "0 -> 1"): "of a window that begins at 0 both ways say the same",

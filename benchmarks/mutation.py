@@ -62,7 +62,7 @@ TESTS = {
     "refusals": ("tiled_diffusion", "sampler_nodes", "foreign_wrappers"),
     "region_nodes": ("region_nodes",),
     "regions": ("regions", "region_nodes"),
-    "sampling_run": ("tiled_diffusion", "sampler_nodes", "foreign_samplers", "control"),
+    "sampling_run": ("tiled_diffusion", "sampler_nodes", "foreign_samplers", "control", "spot_diffusion"),
     "settings": ("tiled_diffusion", "tones", "layout"),
     "strengths": ("strengths", "quadtree"),
     "tiled_diffusion": ("tiled_diffusion", "spot_diffusion", "sampler_nodes", "conditioning", "devices", "faults"),

@@ -15,7 +15,7 @@ from sampling import even_tree
 from seen import HEIGHT_PX, WIDTH_PX, assert_windows_see_their_part, denoised, every_batching, tiled
 from tiny_models import TOKENS, drawer, load, with_prediction
 
-from qtd_pack.prompts import region_conditioning
+from qtd_pack.prompts import is_on, region_conditioning
 from qtd_pack.quadtree import Leaf, Quadtree
 from qtd_pack.regions import plan_regions, region_masks
 from qtd_pack.tiled_diffusion import TiledDiffusion
@@ -357,3 +357,12 @@ def test_prompts_whose_masks_are_of_frames_share_no_batch_with_ones_of_the_pictu
     patcher = tiled(model.patcher, SIDE, SIDE, tile_overlap=0)
     out = denoised(with_prediction(patcher, prompted), latent, positive, percents=(0.3,))
     assert torch.allclose(out[..., :32], torch.tensor(1.0), atol=1e-5) and torch.allclose(out[..., 32:], torch.tensor(2.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("sigma, on", [(8.0, False), (6.0, True), (4.0, True), (2.0, True), (1.0, False)])
+def test_a_prompt_with_times_is_on_from_its_first_sigma_to_its_last_both_included(sigma, on):
+    """As the host asks for it."""
+    entry = {"timestep_start": 6.0, "timestep_end": 2.0}
+    assert is_on(entry, torch.tensor([sigma])) == on and is_on({}, torch.tensor([sigma]))
+    found = comfy.samplers.get_area_and_mult(entry | {"model_conds": {}, "uuid": None}, torch.zeros(1, 4, 8, 8), torch.tensor([sigma]))
+    assert (found is not None) == on

@@ -68,6 +68,9 @@ def test_the_numbered_picture_is_the_picture_but_for_lines_and_numbers(channels)
     assert numbered.shape == (1, 128, 128, 3)
     assert torch.allclose(numbered[0, 10:50, 70:120], torch.tensor(0.5), atol=0.01)
     assert numbered[0, 0, 0].tolist() == [1, 1, 1]
+    # The borders are a region's own first and last pixels.
+    assert (numbered[0, 63, :64] == 1).all() and (numbered[0, :64, 63] == 1).all()
+    assert torch.allclose(numbered[0, 64:, 62:64], torch.tensor(0.5), atol=0.01) and torch.allclose(numbered[0, 62:64, 64:], torch.tensor(0.5), atol=0.01)
     for corner in (0, 64):
         assert (numbered[0, corner + 16:corner + 48, corner + 16:corner + 48] == 1).any(), "a number in the middle"
 

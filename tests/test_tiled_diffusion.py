@@ -253,6 +253,9 @@ def test_packed_and_flat_latents_are_refused():
     from qtd_pack.refusals import check_latent
     with pytest.raises(ValueError, match="cannot be tiled"):
         check_latent(torch.zeros(1, 1, 100), [(1, 16, 2, 4, 4), (1, 8, 10)])
+    with pytest.raises(ValueError, match="several packed into one"):
+        check_latent(torch.zeros(1, 16, 8, 8), [(1, 16, 8, 8), (1, 8, 10)])
+    check_latent(torch.zeros(1, 16, 8, 8), [(1, 16, 8, 8)])
     with pytest.raises(ValueError, match="cannot be tiled"):
         check_latent(torch.zeros(1, 64, 100), None)
 

@@ -67,7 +67,7 @@ TESTS = {
     "strengths": ("strengths", "quadtree"),
     "tiled_diffusion": ("tiled_diffusion", "spot_diffusion", "sampler_nodes", "conditioning", "devices", "faults"),
     "tones": ("tones",),
-    "utils": ("quadtree", "windows", "conditioning"),
+    "utils": ("utils", "quadtree", "windows", "conditioning", "decode"),
     "watch": ("foreign_wrappers",),
     "wiring": ("memory", "host_seams"),
     "windows": ("windows", "wrap", "cost"),

@@ -124,3 +124,8 @@ def test_the_mean_on_a_masks_edges_is_a_choice():
     keeping, mean = (quadtree_from_mask(mask, min_leaf=64, max_leaf=64, edges=edges) for edges in ("keep black", "mean"))
     assert [leaf.strength for leaf in keeping.leaves] == [0, 1]
     assert [leaf.strength for leaf in mean.leaves] == [pytest.approx(0.75, abs=1 / 255), 1]
+
+
+def test_leaves_that_do_not_fit_each_other_are_refused_for_masks_too():
+    with pytest.raises(ValueError, match=r"max_leaf: expected min_leaf \(64\) doubled some times, got 100"):
+        quadtree_from_mask(torch.ones(1, 128, 128), min_leaf=64, max_leaf=100)

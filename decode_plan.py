@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .decoders import FAR_CELLS, FULL, Decoder, Step
-from .utils import Rect, grown, scaled, shrunk
+from .utils import Rect, block_means, grown, scaled, shrunk
 
 # Side of a block. A sample is one: many small ones say more of a picture than few large ones of the same cost.
 BLOCK = 2
@@ -254,12 +254,6 @@ def least_samples(share: float) -> int:
     return min(int(LEAST_SAMPLES * max(FEW / max(share, 1e-6), 1.0) ** 3), LEAST_OF_FEW)
 
 
-def blocks_of(values: torch.Tensor, side: int = BLOCK) -> torch.Tensor:
-    """The mean of each block, (..., rows, cols); the last ones may be cut off."""
-    flat = values.reshape(1, -1, *values.shape[-2:])
-    return F.avg_pool2d(flat, side, ceil_mode=True, count_include_pad=False).reshape(*values.shape[:-2], -(-values.shape[-2] // side), -(-values.shape[-1] // side))
-
-
 def _border(grid: torch.Tensor) -> torch.Tensor:
     """The outermost places of a grid, bool."""
     border = torch.ones_like(grid, dtype=torch.bool)
@@ -303,7 +297,7 @@ def _areas(size: tuple[int, int]) -> torch.Tensor:
 
 def _described(features: torch.Tensor, count: int) -> torch.Tensor:
     """What is known of every block: 1, and principal components of its channels' means and deviations, at the border once more."""
-    mean, square = (blocks_of(values).flatten(1) for values in (features.float(), features.float().square()))
+    mean, square = (block_means(values, BLOCK).flatten(1) for values in (features.float(), features.float().square()))
     known = torch.cat([mean, square.sqrt()]).cpu().double()
     known = (known - known.mean(1, keepdim=True)) / known.std(1, keepdim=True).clamp_min(1e-6)
     if len(known) > count:

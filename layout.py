@@ -19,10 +19,10 @@ import torch.nn.functional as F
 
 from .canvas import Canvas
 from .conditioning import RULES_OF_CONDS, cut_conds
-from .patches import cut_anything
+from .patches import what_is_cut
 from .prompts import is_on
 from .tones import low_pass
-from .utils import Rect, cut, cut_latent
+from .utils import Rect, block_means, cut, cut_latent
 
 # What is smaller than this part of a window is the window's own.
 PARTS = 8
@@ -67,7 +67,7 @@ def hindrance(conds: Sequence[Sequence[dict] | None], model_options: dict, canva
             value = getattr(entry["model_conds"][key], "cond", None)
             if torch.is_tensor(value) and value.ndim > 2 and tuple(value.shape[-2:]) != canvas.size:
                 return f"conditioning {key!r} has a size of its own"
-    if cut_anything(model_options, (Rect(0, 0, *canvas.size),), canvas):
+    if what_is_cut(model_options, canvas):
         return "a patch holds something of the picture"
     return None
 
@@ -112,9 +112,8 @@ def _in_place(slow: torch.Tensor, look: Look, like: torch.Tensor) -> torch.Tenso
 
 
 def _means(value: torch.Tensor, factor: int) -> torch.Tensor:
-    """The means of squares of so many cells, which fit in."""
-    height, width = (length // factor for length in value.shape[-2:])
-    return value.unflatten(-1, (width, factor)).unflatten(-3, (height, factor)).float().mean((-3, -1)).to(value)
+    """The means of squares of so many cells, which fit in, in the value's own type."""
+    return block_means(value.float(), factor).to(value)
 
 
 def _sigma_of_means(sampling, sigma: float, factor: int) -> tuple[float, float] | None:

@@ -62,21 +62,19 @@ def windows_are_alone(model_options: dict, canvas: Canvas) -> bool:
     """True if a patch holds a mask: whether its rows are images, regions or something else is known to its pack alone."""
     _keep_counts(canvas)
     if "alone" not in canvas.prepared:
-        whole = (Rect(0, 0, *canvas.size),)
-        cut_patches(model_options["transformer_options"], whole, canvas)
-        canvas.prepared["alone"] = any(as_tensor(original) is not None for original, part in _copies(whole, canvas).made.values() if part is not original)
+        canvas.prepared["alone"] = any(as_tensor(value) is not None for value in what_is_cut(model_options, canvas))
         if canvas.prepared["alone"]:
             run_alone(canvas, "a patch that holds a mask of the picture")
     return canvas.prepared["alone"]
 
 
-def cut_anything(model_options: dict, rects: tuple[Rect, ...], canvas: Canvas) -> bool:
-    """True if a patch holds something that these windows get a part of; found out once in a run."""
-    key = "cut anything", rects
-    if key not in canvas.prepared:
-        cut_patches(model_options["transformer_options"], rects, canvas)
-        canvas.prepared[key] = any(part is not original for original, part in _copies(rects, canvas).made.values())
-    return canvas.prepared[key]
+def what_is_cut(model_options: dict, canvas: Canvas) -> list:
+    """What patches hold, and they themselves, that windows have a part or a copy of; found out once in a run."""
+    if "cut" not in canvas.prepared:
+        whole = (Rect(0, 0, *canvas.size),)
+        cut_patches(model_options["transformer_options"], whole, canvas)
+        canvas.prepared["cut"] = [original for original, part in _copies(whole, canvas).made.values() if part is not original]
+    return canvas.prepared["cut"]
 
 
 def home_of_patches(rects: tuple[Rect, ...], canvas: Canvas) -> torch.device | None:

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 import comfy.model_management
 import comfy.ops
 
-from .decode_plan import BLOCK, LEAST_SAMPLES, REACH, Plan, blocks_of, cores_of, margins_of, parts_of, rects_through, represented, seen
+from .decode_plan import BLOCK, LEAST_SAMPLES, REACH, Plan, cores_of, margins_of, parts_of, rects_through, represented, seen
 from .decoders import Decoder, Step
-from .utils import Rect, area, common_part, cut, moved_to, scaled, shrunk
+from .utils import Rect, area, block_means, common_part, cut, moved_to, scaled, shrunk
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def add_moments(walk: Walk, piece: Piece, index: int, part: Rect, sums: torch.Te
     for first in range(0, groups, chunk := max(CHUNK * groups // core.numel(), 1)):
         values = core[:, first:first + chunk].to(walk.limits.device, torch.float32)
         for power, powers in enumerate((values, values.square())):
-            blocks = blocks_of(powers, BLOCK * scale).mean(2)
+            blocks = block_means(powers, BLOCK * scale).mean(2)
             sums[power, first:first + chunk] += (blocks * weights).sum((0, 2, 3)).cpu().double()
             plain[power, first:first + chunk] += blocks.sum((0, 2, 3)).cpu().double()
         plain[2, first:first + chunk] += weights.numel()

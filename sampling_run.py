@@ -290,7 +290,9 @@ class Run:
     @property
     def follows_layout(self) -> bool:
         """Whether there is a cell that follows a look at the whole picture, see layout.py."""
-        return bool(((self.share(self.progress, self.facts.levels) > 0) & (self.facts.levels > self.progress)).any()) and self.settings.hold_layout > 0
+        if not self.settings.hold_layout:
+            return False
+        return bool(((self.share(self.progress, self.facts.levels) > 0) & (self.facts.levels > self.progress)).any())
 
     def tell_once(self, what: str, line: str) -> None:
         if what not in self.ledger.warned:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
+import torch.nn.functional as F
 
 
 class Refusal(ValueError):
@@ -161,6 +162,12 @@ def blocks(values: torch.Tensor, side: int, dim: int, how=torch.sum) -> torch.Te
 def pool(values: torch.Tensor, side: int, how) -> torch.Tensor:
     """Reduce side x side blocks of a (rows, cols) grid."""
     return blocks(blocks(values, side, 0, how), side, 1, how)
+
+
+def block_means(values: torch.Tensor, side: int) -> torch.Tensor:
+    """The mean of each side x side block of the last two dimensions, (..., rows, cols); the last ones may be cut off."""
+    flat = values.reshape(1, -1, *values.shape[-2:])
+    return F.avg_pool2d(flat, side, ceil_mode=True, count_include_pad=False).reshape(*values.shape[:-2], -(-values.shape[-2] // side), -(-values.shape[-1] // side))
 
 
 def double(grid: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from qtd_pack.nodes import QuadtreeDecode
 from qtd_pack.placement import strength_raster
 from qtd_pack.quadtree import build_quadtree
 from qtd_pack.strengths import quadtree_from_mask
-from qtd_pack.utils import Rect
+from qtd_pack.utils import Rect, block_means
 from torch.utils.flop_counter import FlopCounterMode
 
 photos = load_module("qtd_photos", ROOT / "demo" / "photos.py")
@@ -276,8 +276,8 @@ def test_weights_give_the_picture_the_features_that_it_has():
     assert len(set(samples)) == 12 and all(sample.left >= 16 for sample in samples)
     assert int((weights != 0).sum()) == 8 * 16 + 12
     assert float(weights.sum()) == pytest.approx(31 * 40, rel=1e-2)
-    told = (decode_plan.blocks_of(features).double() * weights).sum((1, 2)) / (31 * 40)
-    plain = decode_plan.blocks_of(features).double()[:, :, :8].mean((1, 2))
+    told = (block_means(features, decode_plan.BLOCK).double() * weights).sum((1, 2)) / (31 * 40)
+    plain = block_means(features, decode_plan.BLOCK).double()[:, :, :8].mean((1, 2))
     exact = features.double().mean((1, 2))
     assert ((told - exact).abs() < 0.1 * (plain - exact).abs() + 0.02 * features.std()).all()
 

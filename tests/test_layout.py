@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
-from nodes import ConditioningSetArea, ConditioningSetMask, ConditioningSetTimestepRange, ControlNetApplyAdvanced
+from nodes import ConditioningSetArea, ConditioningSetTimestepRange, ControlNetApplyAdvanced
 from sampling import SIDE_PX, calls_of, even_tree, load, patched, sample, striped_tree
 from seen import denoised, tiled
 from test_control import prompts, sizes_px
@@ -257,7 +257,7 @@ def test_what_compares_one_call_with_the_next_gets_no_look(caplog):
 
 
 def test_guidance_that_asks_the_model_once_more_is_held_too():
-    model, calls = load("sd15"), []
+    model = load("sd15")
     patcher = PerturbedAttentionGuidance.execute(patched(model, even_tree(1.0), hold_layout=1.0, tile_overlap=0), 3.0)[0]
     patcher, calls = recorded(patcher)
     assert sample(model, patcher, cfg=3.0, steps=2).isfinite().all()

@@ -7,6 +7,7 @@ import threading
 
 import comfy.model_management
 import comfy.patcher_extension
+import comfy.sample
 import pytest
 import torch
 from device_keys import KEYS, on_devices, seen_calls
@@ -250,18 +251,34 @@ def together(*runs):
     return found
 
 
+def load_in_turn(*patchers):
+    """Let the host load one model after another, since its list of loaded models is not safe between threads."""
+    lock = threading.Lock()
+
+    def alone(executor, *args, **kwargs):
+        with lock:
+            return executor(*args, **kwargs)
+    for patcher in set(patchers):
+        patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, "load_in_turn", alone)
+
+
 @pytest.mark.parametrize("kind", ["one patcher", "two patchers", "two models"])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_two_runs_at_once_do_not_see_each_other(kind, devices):
-    """Step by step together, since the host takes a model's patcher away from whoever still samples when a run on it ends."""
+    """Step by step together, since the host takes a model's patcher away from whoever still samples when a run on it ends.
+
+    The noise is drawn before, since the host draws it from the one generator that all threads share.
+    """
     model = load(FLUX) if devices == 1 else on_devices(load(FLUX), devices)
     other = model if kind != "two models" else load.__wrapped__(FLUX)
     first = patched(model, striped_tree(0.5, 1.0), tile_batch_size=1, **SMALL)
     second = first if kind == "one patcher" else patched(other, striped_tree(1.0, 0.25), tile_batch_size=1, **SMALL)
     latents = [model.latent(SIDE_PX, SIDE_PX, seed=seed) for seed in (1, 2)]
-    alone = [sample(who, patcher, latent, noise_seed=7) for who, patcher, latent in zip((model, other), (first, second), latents)]
+    noises = [comfy.sample.prepare_noise(latent, 7) for latent in latents]
+    alone = [sample(who, patcher, latent, noise=noise) for who, patcher, latent, noise in zip((model, other), (first, second), latents, noises)]
+    load_in_turn(first, second)
     step = threading.Barrier(2, timeout=60)
     one, two = together(
-        lambda: sample(model, first, latents[0], noise_seed=7, callback=lambda *args: step.wait()),
-        lambda: sample(other, second, latents[1], noise_seed=7, callback=lambda *args: step.wait()))
+        lambda: sample(model, first, latents[0], noise=noises[0], callback=lambda *args: step.wait()),
+        lambda: sample(other, second, latents[1], noise=noises[1], callback=lambda *args: step.wait()))
     assert torch.equal(one, alone[0]) and torch.equal(two, alone[1])

@@ -10,6 +10,7 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,19 @@ def nothing_dead_stays_loaded():
     yield
     from device_keys import forget_the_dead
     forget_the_dead()
+
+
+@pytest.fixture
+def models_load_in_turn(monkeypatch):
+    """For tests with threads: the host's list of loaded models is not safe between them."""
+    import comfy.model_management as management
+
+    load, lock = management.load_models_gpu, threading.Lock()
+
+    def alone(*args, **kwargs):
+        with lock:
+            return load(*args, **kwargs)
+    monkeypatch.setattr(management, "load_models_gpu", alone)
 
 
 @pytest.fixture(scope="session")

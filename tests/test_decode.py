@@ -334,7 +334,7 @@ def test_what_there_is_no_room_for_waits_elsewhere(fitted, room):
     assert sum(here) <= room and (len(here) == len(after)) == (room == 1e9) and (len(here) == 0) == (room == 0)
 
 
-def test_the_vae_is_left_as_it_was_and_serves_two_threads_at_once(fitted):
+def test_the_vae_is_left_as_it_was_and_serves_two_threads_at_once(fitted, models_load_in_turn):
     vae, found = fitted
     original, latent, tree, *_ = found[0]
     modules = {name: (type(module), id(module), dict(module._forward_hooks), dict(module._forward_pre_hooks)) for name, module in vae.first_stage_model.named_modules()}

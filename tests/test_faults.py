@@ -251,20 +251,9 @@ def together(*runs):
     return found
 
 
-def load_in_turn(*patchers):
-    """Let the host load one model after another, since its list of loaded models is not safe between threads."""
-    lock = threading.Lock()
-
-    def alone(executor, *args, **kwargs):
-        with lock:
-            return executor(*args, **kwargs)
-    for patcher in set(patchers):
-        patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, "load_in_turn", alone)
-
-
 @pytest.mark.parametrize("kind", ["one patcher", "two patchers", "two models"])
 @pytest.mark.parametrize("devices", [1, 2])
-def test_two_runs_at_once_do_not_see_each_other(kind, devices):
+def test_two_runs_at_once_do_not_see_each_other(models_load_in_turn, kind, devices):
     """Step by step together, since the host takes a model's patcher away from whoever still samples when a run on it ends.
 
     The noise is drawn before, since the host draws it from the one generator that all threads share.
@@ -276,7 +265,6 @@ def test_two_runs_at_once_do_not_see_each_other(kind, devices):
     latents = [model.latent(SIDE_PX, SIDE_PX, seed=seed) for seed in (1, 2)]
     noises = [comfy.sample.prepare_noise(latent, 7) for latent in latents]
     alone = [sample(who, patcher, latent, noise=noise) for who, patcher, latent, noise in zip((model, other), (first, second), latents, noises)]
-    load_in_turn(first, second)
     step = threading.Barrier(2, timeout=60)
     one, two = together(
         lambda: sample(model, first, latents[0], noise=noises[0], callback=lambda *args: step.wait()),

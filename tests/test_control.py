@@ -16,7 +16,8 @@ from tiny_controls import EchoVAE, echo_adapter, echo_control, echoed, picture
 from tiny_models import drawer, load, with_prediction
 
 from qtd_pack import control as pack_control
-from qtd_pack.canvas import cut_padded
+from qtd_pack.canvas import Canvas, cut_padded
+from qtd_pack.patches import cut_patches
 from qtd_pack.tiled_diffusion import KEY
 from qtd_pack.utils import Rect
 
@@ -222,7 +223,6 @@ def test_the_users_control_is_not_changed(kind):
 
 @needs("controls for several devices", hasattr(comfy.controlnet.ControlBase, "deepclone_multigpu"))
 def test_each_device_has_its_windows():
-    from qtd_pack.canvas import Canvas
     from qtd_pack.control import cut_control
     from qtd_pack.utils import Rect
     hint, device = picture(HEIGHT_PX, WIDTH_PX).movedim(-1, 1), torch.device("meta")
@@ -302,6 +302,18 @@ def test_a_picture_is_encoded_once_in_a_run_and_the_users_patch_is_not_changed(k
     # Z-Image samples whole patches: 25 x 33 cells are 26 x 34.
     assert vae.sizes == [(200, 264) if kind == "Qwen-Image DiffSynth" else (208, 272)]
     assert vars(patch).keys() == before.keys() and all(vars(patch)[name] is value for name, value in before.items())
+
+
+@echo_patches.NEEDED["Uni3C"]
+def test_a_video_is_encoded_for_as_many_frames_as_are_sampled():
+    """A context window at the end of a video may have fewer."""
+    patcher, prepared, shapes = echo_patches.with_uni3c(load("wan21_t2v").patcher, picture(64, 64)), {}, []
+    options = patcher.model_options["transformer_options"]
+    for frames in (3, 2):
+        canvas = Canvas(patcher.model, (1, 16, frames, 8, 8), controls.CPU, 2, prepared, {})
+        (patch,) = cut_patches(options, [Rect(0, 0, 4, 8)], canvas)["patches"]["double_block"]
+        shapes.append(tuple(patch.prepared_render.shape[2:]))
+    assert shapes == [(3, 4, 8), (2, 4, 8)]
 
 
 def test_other_patches_pass_as_they_are():

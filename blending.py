@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .utils import cut, pieces, slices
+from .utils import Rect, cut, pieces, slices
 from .windows import TilePlan, Window
 
 METHODS = ("Mixture of Diffusers", "MultiDiffusion", "SpotDiffusion")
@@ -38,6 +38,10 @@ class Blend:
 
     weights: dict[tuple[int, int], torch.Tensor]
     total: torch.Tensor | None
+
+    def part_of(self, window: Window) -> Rect:
+        """The cells of a window that are taken from it."""
+        return window.core if self.total is None else window.rect
 
     def weight_of(self, window: Window, like: torch.Tensor) -> torch.Tensor:
         """The weight of a window's cells, (height, width); the weights of all windows sum to 1 on every active cell."""

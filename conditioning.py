@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
@@ -21,6 +22,7 @@ import comfy.utils
 
 from .canvas import Canvas, cut_rows, passes_whole
 from .control import counts_rows, cut_control
+from .copies import are_copies
 from .masks import cut_attention
 from .patches import bring_patches
 from .utils import Rect, common_part, cut, in_units_of, moved_to, parts_in_window
@@ -54,16 +56,44 @@ def _kind_of_entry(entry: dict, rect: Rect, canvas: Canvas) -> Hashable:
     return tuple(parts) if "area" in entry else (), tuple(boxes), rect if is_alone else None, _number_among_alike(entry, canvas)
 
 
+@dataclass(frozen=True, eq=False)
+class _Alike:
+    """Entries that the host can evaluate together. known: what was made for each of them. lengths: of their texts, by name."""
+
+    first: dict
+    known: dict = field(default_factory=dict)
+    lengths: dict[str, set[int]] = field(default_factory=dict)
+
+    def takes(self, entry: dict, rows: int) -> bool:
+        return _are_alike(entry, self.first, rows) and all(_pad_to_longest(lengths | self.lengths.get(key, set())) for key, lengths in _lengths(entry).items())
+
+    def add(self, key: Hashable, entry: dict) -> None:
+        self.known[key] = entry["model_conds"]
+        for name, lengths in _lengths(entry).items():
+            self.lengths.setdefault(name, set()).update(lengths)
+
+
 def _number_among_alike(entry: dict, canvas: Canvas) -> int:
     """The same for entries that the host can evaluate together, each for a window of its own."""
     groups, key = canvas.prepared.setdefault("alike", []), (entry["uuid"], entry.get("strength"))
     for number, group in enumerate(groups):
-        known = key in group and group[key]["model_conds"] is entry["model_conds"]
-        if known or all(_are_alike(entry, other, canvas.rows) for other in group.values()):
-            group[key] = entry
+        if group.known.get(key) is entry["model_conds"]:
             return number
-    groups.append({key: entry})
-    return len(groups) - 1
+    number = next((number for number, group in enumerate(groups) if group.takes(entry, canvas.rows)), len(groups))
+    if number == len(groups):
+        groups.append(_Alike(entry))
+    groups[number].add(key, entry)
+    return number
+
+
+def _lengths(entry: dict) -> dict[str, set[int]]:
+    """The lengths of an entry's texts, which the host pads where they differ."""
+    return {key: {cond.cond.shape[1]} for key, cond in entry["model_conds"].items() if isinstance(cond, comfy.conds.CONDCrossAttn)}
+
+
+def _pad_to_longest(lengths: set[int]) -> bool:
+    """Whether the host, which pads to a multiple of all lengths, would pad to the longest; it then goes with whatever that goes with."""
+    return math.lcm(*lengths) == max(lengths)
 
 
 def _are_alike(entry: dict, other: dict, rows: int) -> bool:
@@ -71,13 +101,21 @@ def _are_alike(entry: dict, other: dict, rows: int) -> bool:
     shapes = [one["mask"].shape[1:] if "mask" in one else None for one in (entry, other)]
     conds, others = entry["model_conds"], other["model_conds"]
     return (
-        all(entry.get(key) is other.get(key) for key in ("control", "gligen"))
+        all(are_copies(entry.get(key), other.get(key)) for key in ("control", "gligen"))
         and all(entry.get(key) == other.get(key) for key in SAME_IN_A_BATCH)
         and shapes[0] == shapes[1] and conds.keys() == others.keys() and all(_can_join(conds[key], others[key], rows) for key in conds))
 
 
 def _can_join(cond, other, rows: int) -> bool:
-    return type(cond) is type(other) and _as_rows(cond, rows).can_concat(_as_rows(other, rows))
+    return type(cond) is type(other) and _of_so_many(cond, rows).can_concat(_of_so_many(other, rows))
+
+
+def _of_so_many(cond, rows: int):
+    """A value for so many images, of which only the shape matters: nothing is copied."""
+    value = getattr(cond, "cond", None)
+    if isinstance(cond, comfy.conds.CONDRegular) and torch.is_tensor(value) and value.ndim:
+        cond = cond._copy_with(value[:1].expand(rows, *value.shape[1:]))
+    return _as_rows(cond, rows)
 
 
 def _as_rows(cond, rows: int):

@@ -22,7 +22,7 @@ import comfy.model_patcher
 import comfy.sd
 
 from .canvas import Canvas, cut_padded, cut_rows, passes_whole, run_alone, scaled
-from .copies import Copies, reachable
+from .copies import Copies, are_copies, reachable
 from .masks import View, cut_to, empty_caches, is_hint, is_mask
 from .utils import Rect, in_units_of, parts_in_window
 
@@ -48,10 +48,21 @@ def cut_control(control, rects: Sequence[Rect], place: Rect, canvas: Canvas, ind
     key = "controls", tuple(rects), place, index
     if counts_rows(control):
         run_alone(canvas, f"control {type(control).__name__}")
+    else:
+        control = _first_alike(control, canvas)
     if key not in canvas.copies:
         parts = tuple(parts_in_window(place, rect, canvas.size)[index][1] for rect in rects)
         canvas.copies[key] = _copies(View(parts, (place.height, place.width), canvas))
     return _copy_of(control, canvas.copies[key])
+
+
+def _first_alike(control, canvas: Canvas):
+    """The first of copies that hold the same: the host's ControlNetApply makes one for each entry of a conditioning."""
+    seen = canvas.prepared.setdefault("seen controls", [])
+    found = next((one for one in seen if are_copies(one, control)), None)
+    if found is None:
+        seen.append(control)
+    return control if found is None else found
 
 
 def check_controls(conds: Iterable[list[dict]]) -> None:

@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator
 # Deeper lies nothing that belongs to one patch or control.
 DEEPEST = 10
 
+PLAIN = (type(None), bool, int, float, complex, str, bytes)
+
 # Nothing lies in these, or nothing of a pack's own.
-CLOSED = (*weakref.ProxyTypes, type(None), bool, int, float, complex, str, bytes, type, types.ModuleType)
+CLOSED = (*weakref.ProxyTypes, *PLAIN, type, types.ModuleType)
 CLOSED_MODULES = ("builtins", "_thread", "enum", "io", "logging", "re", "threading", "torch", "numpy")
 
 Part = tuple[str, object]
@@ -43,6 +45,23 @@ def reachable(root, closed: tuple[type, ...] = ()) -> Iterator[object]:
             if id(part) not in seen:
                 seen.add(id(part))
                 todo.append((depth + 1, part))
+
+
+def are_copies(first, second, depth: int = 0) -> bool:
+    """Whether two objects are one, or of one type and made of equal plain values and of the same objects, so that one may stand for both."""
+    if first is second:
+        return True
+    if type(first) is not type(second) or depth > DEEPEST:
+        return False
+    if isinstance(first, PLAIN):
+        return first == second
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(are_copies(*pair, depth + 1) for pair in zip(first, second))
+    if not isinstance(first, dict):
+        if isinstance(first, tuple(KINDS)) or is_closed(first) or _slots(first) or not hasattr(first, "__dict__"):
+            return False
+        first, second = vars(first), vars(second)
+    return first.keys() == second.keys() and all(are_copies(first[key], second[key], depth + 1) for key in first)
 
 
 def rebuilt(value, new: Callable[[object], object], begun: Callable[[object], None]):

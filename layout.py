@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from .canvas import Canvas
 from .conditioning import RULES_OF_CONDS, cut_conds
 from .patches import what_is_cut
-from .prompts import is_on
+from .prompts import is_on, says_something
 from .tones import low_pass
 from .utils import Rect, block_means, cut, cut_latent
 
@@ -45,6 +45,11 @@ class Look:
     x: torch.Tensor
     sigma: torch.Tensor
     conds: list[list[dict] | None]
+
+    @property
+    def rows(self) -> int:
+        """How often the model is asked for each image."""
+        return sum(len(entries) for entries in self.conds if entries)
 
 
 def hold_of(hold: float, strengths: torch.Tensor, progress: float) -> torch.Tensor:
@@ -72,10 +77,13 @@ def hindrance(conds: Sequence[Sequence[dict] | None], model_options: dict, canva
     return None
 
 
-def look_at(x: torch.Tensor, sigma: torch.Tensor, conds: Sequence[Sequence[dict] | None], side: int, canvas: Canvas, turned: bool) -> Look | None:
+def look_at(
+    x: torch.Tensor, sigma: torch.Tensor, conds: Sequence[Sequence[dict] | None], active: torch.Tensor, side: int, canvas: Canvas, turned: bool,
+) -> Look | None:
     """The whole picture in no more cells than a window of this side has; None if nothing would be left of it, or nothing is to be told of its noise.
 
-    turned: whether what goes on over a border is seen from its middle, so that what is a border of the look moves.
+    active: (height, width), on the CPU; what says nothing of these cells is not asked. turned: whether what goes on over a border
+    is seen from its middle, so that what is a border of the look moves.
     """
     factor = max(math.ceil(math.sqrt(math.prod(canvas.size)) / side), 2)
     unit = factor * canvas.patch
@@ -85,7 +93,7 @@ def look_at(x: torch.Tensor, sigma: torch.Tensor, conds: Sequence[Sequence[dict]
         return None
     top, left = (length // 2 // canvas.patch * canvas.patch if wraps and turned else 0 for length, wraps in zip(canvas.size, canvas.wraps))
     rect = Rect(-top, -left, height - top, width - left)
-    on = [None if entries is None else [entry for entry in entries if is_on(entry, sigma)] for entries in conds]
+    on = [None if entries is None else [entry for entry in entries if is_on(entry, sigma) and says_something(entry, active, canvas)] for entries in conds]
     small = [None if entries is None else _small_entries(entries, rect, factor) for entries in cut_conds([on], [rect], canvas)]
     return Look(rect, factor, told[1] * _means(cut_latent(x, [rect]), factor), torch.full_like(sigma, told[0]), small)
 

@@ -5,6 +5,7 @@ window's active cells is left out before the model is asked. Regions can go furt
 """
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Hashable, Sequence
 
@@ -19,7 +20,8 @@ from .canvas import Canvas
 from .conditioning import rect_of_area
 from .utils import Rect, pieces
 
-# In an entry: {"set", "number" (0: the whole picture), "share", "mask", "mask_strength"}; the last two are what it had before.
+# In an entry: {"set", "number" (0: the whole picture), "share", "mask", "mask_strength", "region", "placed"}: the mask that it had
+# before, its region's, and what the two make together.
 REGION = "quadtree_region"
 
 # Masks are summed in whole numbers of this, upwards, so that only nothing adds up to 0.
@@ -31,6 +33,8 @@ _TIE = 1e-6
 # Where masks add up to 1, arithmetic leaves less than this for the whole picture.
 _NOTHING = 1e-5
 
+log = logging.getLogger(__name__)
+
 
 def region_conditioning(whole: list, regions: Sequence[list], masks: Sequence[torch.Tensor], *, per_window: bool, share: float) -> list:
     """One conditioning of ordinary masked entries: each region's, and the whole picture's where they leave something.
@@ -38,21 +42,31 @@ def region_conditioning(whole: list, regions: Sequence[list], masks: Sequence[to
     whole, regions: as the host's nodes pass them. masks: ([b,] height, width), one for each region, of one aspect. share: of
     the whole picture's prompt within regions. per_window: mark the entries, so that windows get the prompt of one region.
     A mask that an entry has is multiplied; areas are kept, but none is made from a mask. A region whose mask is 0 everywhere
-    is left out. Raises ValueError for lists of different lengths and masks of different aspects.
+    is left out. Raises ValueError for lists of different lengths and masks that do not belong to one picture.
     """
     if len(regions) != len(masks):
         raise ValueError(
             f"regions: expected as many as masks, {len(masks)}, got {len(regions)}. "
             "Encode the texts of Quadtree Region Text, all of them and nothing else, and connect the masks of the same Quadtree Regions.")
     placed = [(number, cond, mask) for number, (cond, mask) in enumerate(zip(regions, _of_one_size(masks)), 1) if bool(mask.any())]
+    _tell_left_out(sorted(set(range(1, len(masks) + 1)) - {number for number, *_ in placed}), len(masks))
     if not placed:
         return whole
     rest = 1 - (1 - share) * sum(mask for *_, mask in placed).clamp(0, 1)
     name = str(uuid.uuid4()) if per_window else None
-    found = [_masked(entry, torch.where(rest < _NOTHING, 0.0, rest), 1.0, name, 0, share) for entry in whole]
+    found = _masked(whole, torch.where(rest < _NOTHING, 0.0, rest), 1.0, name, 0, share)
     for number, cond, mask in placed:
-        found += [_masked(entry, mask, 1 - share, name, number, share) for entry in cond]
+        found += _masked(cond, mask, 1 - share, name, number, share)
     return found
+
+
+def _tell_left_out(numbers: Sequence[int], of: int) -> None:
+    if not numbers:
+        return
+    if len(numbers) == of:
+        log.info("Quadtree Region Prompts: no mask is above 0 anywhere, so there is no region, and only the whole picture's prompt")
+    else:
+        log.info("Quadtree Region Prompts: masks of regions %s are 0 everywhere, so these prompts are left out", ", ".join(map(str, numbers)))
 
 
 def _of_one_size(masks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -64,6 +78,9 @@ def _of_one_size(masks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
             raise ValueError(
                 f"masks: expected masks of one picture, {width} x {height} px or of that aspect, got {cols} x {rows} for region {number}. "
                 "Connect the masks of one Quadtree Regions.")
+    several = sorted({len(mask) for mask in found} - {1})
+    if len(several) > 1:
+        raise ValueError(f"masks: expected one for all pictures of a batch, or one for each of them, got masks of {' and of '.join(map(str, several))} pictures.")
     return [_scaled(mask, found[0]) for mask in found]
 
 
@@ -75,16 +92,31 @@ def _scaled(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return comfy.utils.common_upscale(mask[:, None], width, height, "bilinear", "none")[:, 0]
 
 
-def _masked(entry: list, mask: torch.Tensor, strength: float, name: str | None, number: int, share: float) -> list:
-    """An entry where a mask is, with the mask that it had."""
+def _masked(cond: list, mask: torch.Tensor, strength: float, name: str | None, number: int, share: float) -> list:
+    """A conditioning's entries where a mask is, with the masks that they had."""
+    return [_masked_entry(entry, mask, strength, part, name, number, share) for entry, part in zip(cond, _parts_of_combined(cond))]
+
+
+def _parts_of_combined(cond: list) -> list[float]:
+    """How much each entry of a conditioning counts, so that those that are on at a time count as one; ones with a place of their own count whole."""
+    spans = [None if extras.keys() & {"mask", "area", "default"} else (extras.get("start_percent", 0.0), extras.get("end_percent", 1.0)) for _, extras, *_ in cond]
+    everywhere = [span for span in spans if span is not None]
+    found = []
+    for span in spans:
+        begins = [] if span is None else [start for start, _ in everywhere if span[0] <= start < span[1]]
+        found.append(1 / max([sum(start <= begin < end for start, end in everywhere) for begin in begins], default=1))
+    return found
+
+
+def _masked_entry(entry: list, mask: torch.Tensor, strength: float, part: float, name: str | None, number: int, share: float) -> list:
     tokens, extras = entry[0], entry[1]
-    own, own_strength = extras.get("mask"), extras.get("mask_strength", 1.0)
-    placed = {"mask": mask, "mask_strength": strength, "set_area_to_bounds": False}
+    own, own_strength = extras.get("mask"), extras.get("mask_strength", 1.0) * part
+    placed = {"mask": mask, "mask_strength": strength * own_strength, "set_area_to_bounds": False}
     if own is not None:
         own = (own[None] if own.ndim == 2 else own).float()
-        placed |= {"mask": _scaled(own, mask) * mask.to(own.device), "mask_strength": strength * own_strength}
+        placed["mask"] = _scaled(own, mask) * mask.to(own.device)
     if name is not None:
-        placed[REGION] = {"set": name, "number": number, "share": share, "mask": own, "mask_strength": own_strength}
+        placed[REGION] = {"set": name, "number": number, "share": share, "mask": own, "mask_strength": own_strength, "region": mask, "placed": placed["mask"]}
     return [tokens, extras | placed, *entry[2:]]
 
 
@@ -93,8 +125,8 @@ def prompts_of_windows(
 ) -> list[Sequence[list[dict] | None]]:
     """The conditionings of each window: without what says nothing of its active cells, and of each set of regions with one.
 
-    active: (height, width), the cells that are sampled at this sigma, on the CPU. Entries of one window are those of another
-    or, in their place, ones that say something else.
+    rects: the part of each window that counts. active: (height, width), the cells that are sampled at this sigma, on the CPU.
+    Entries of one window are those of another or, in their place, ones that say something else.
     """
     entries = [entry for entries in conds for entry in entries or ()]
     if not any(_is_placed(entry) for entry in entries):
@@ -118,49 +150,116 @@ def is_on(entry: dict, sigma: torch.Tensor) -> bool:
     return not (start is not None and sigma[0] > start or end is not None and sigma[0] < end)
 
 
-def _choices(entries: list[dict], rects: Sequence[Rect], active: torch.Tensor, is_on: Sequence[bool], canvas: Canvas) -> list[list[tuple[int, float | None]]]:
-    """For each window the entries that it gets: their index, and the part of the strength that is left to one of a region."""
-    says = [_sums(_reach(entry, canvas) * active, rects) if _is_placed(entry) else [1] * len(rects) for entry in entries]
-    return [_choice(entries, [of_entry[index] for of_entry in says], is_on) for index in range(len(rects))]
+def says_something(entry: dict, active: torch.Tensor, canvas: Canvas) -> bool:
+    """Whether an entry says anything of the active cells, (height, width) on the CPU."""
+    return not _is_placed(entry) or bool((_reach(entry, canvas) * active).any())
 
 
-def _choice(entries: list[dict], says: Sequence[int], is_on: Sequence[bool]) -> list[tuple[int, float | None]]:
-    covered: dict[Hashable, dict[int, int]] = {}
-    for entry, amount, on in zip(entries, says, is_on):
-        if REGION in entry and on and amount and entry[REGION]["number"]:
-            of_set = covered.setdefault(entry[REGION]["set"], {})
-            of_set[entry[REGION]["number"]] = max(amount, of_set.get(entry[REGION]["number"], 0))
-    found = []
-    for index, entry in enumerate(entries):
-        part = _part_of_window(entry, covered) if REGION in entry else None
-        if (is_on[index] and part > 0) if REGION in entry else says[index]:
-            found.append((index, part))
+# For each window the entries that it gets: their index, and the part of the strength that each image leaves to one of a region.
+Choice = list[tuple[int, tuple[float, ...] | None]]
+
+
+def _choices(entries: list[dict], rects: Sequence[Rect], active: torch.Tensor, is_on: Sequence[bool], canvas: Canvas) -> list[Choice]:
+    says = [_sums(_reach(entry, canvas).sum(0) * active, rects) if _is_placed(entry) else [1] * len(rects) for entry in entries]
+    members: dict[Hashable, dict[int, dict]] = {}
+    for index, (entry, on) in enumerate(zip(entries, is_on)):
+        if REGION in entry and on:
+            members.setdefault(entry[REGION]["set"], {})[index] = entry
+    parts = {index: of_windows for of_set in members.values() for index, of_windows in _parts_of_set(of_set, rects, active, canvas).items()}
+    found: list[Choice] = []
+    for window in range(len(rects)):
+        of_window = [(index, parts[index][window] if index in parts else () if REGION in entry else None) for index, entry in enumerate(entries)]
+        found.append([(index, part) for index, part in of_window if (any(part) if part is not None else says[index][window])])
     return found
 
 
-def _part_of_window(entry: dict, covered: dict) -> float:
-    """What part of its strength a region's entry has in a window, given how much each region covers of it."""
-    of_set, number, share = covered.get(entry[REGION]["set"], {}), entry[REGION]["number"], entry[REGION]["share"]
-    if not of_set:
-        return float(number == 0)
-    most = max(of_set.values())
-    first = min(other for other, amount in of_set.items() if amount >= most * (1 - _TIE))
-    return share if number == 0 else (1 - share) * (number == first)
+def _parts_of_set(members: dict[int, dict], rects: Sequence[Rect], active: torch.Tensor, canvas: Canvas) -> dict[int, list[tuple[float, ...] | None]]:
+    """The part of each entry of a set of regions in each window, image by image; None where the set is asked as its masks are.
+
+    That is where the region that a window gets has a mask or an area of its own, and would leave cells without a prompt.
+    """
+    own = {index: _own_reach(entry, canvas) for index, entry in members.items()}
+    numbers = _winners(members, rects, active, canvas)
+    found = {index: [tuple(_part(entry[REGION], number) for number in of_window) for of_window in numbers] for index, entry in members.items()}
+    if all(reach is None for reach in own.values()):
+        return found
+    reach = {index: _reach(entry, canvas) for index, entry in members.items()}
+    heard = {index: None if own[index] is None else _sums(own[index].sum(0) * active, rects) for index in members}
+    for window in range(len(rects)):
+        for index in members:
+            if heard[index] is not None and not heard[index][window]:
+                found[index][window] = ()
+        if _has_hole(reach, own, {index: parts[window] for index, parts in found.items()}, rects[window], active):
+            for parts in found.values():
+                parts[window] = None
+    return found
 
 
-def _asked(entries: list[dict], choices: Sequence[Sequence[tuple[int, float | None]]], canvas: Canvas) -> list[list[dict]]:
+def _has_hole(reach: dict, own: dict, parts: dict, rect: Rect, active: torch.Tensor) -> bool:
+    """Whether entries with these parts leave an active cell of a window to nobody, of which one of the set says something."""
+    for image in range(max((len(part) for part in parts.values()), default=0)):
+        chosen = [own[index] for index, part in parts.items() if part and part[image]]
+        if any(one is None for one in chosen):
+            continue
+        said, given = (sum((one[image % len(one)] for one in several), torch.zeros_like(active, dtype=torch.int64)) for several in (reach.values(), chosen))
+        if any(_sums(((said > 0) & (given == 0) & active).long(), [rect])):
+            return True
+    return False
+
+
+def _winners(members: dict[int, dict], rects: Sequence[Rect], active: torch.Tensor, canvas: Canvas) -> list[list[int]]:
+    """The number of the region that covers most of the active cells of each window, for each image; 0 where what no region covers is more."""
+    reach: dict[int, torch.Tensor] = {}
+    for entry in members.values():
+        number, units = entry[REGION]["number"], _region_reach(entry, canvas)
+        if number:
+            reach[number] = torch.maximum(*_of_as_many(reach[number], units)) if number in reach else units
+    images = max(map(len, reach.values()), default=1)
+    rest = (round(1 / _UNIT) - sum((units.expand(images, -1, -1) for units in reach.values()), torch.zeros(1, *canvas.size, dtype=torch.int64).expand(images, -1, -1))).clamp(min=0)
+    covered = {number: [_sums(units[image % len(units)] * active, rects) for image in range(images)] for number, units in sorted((reach | {0: rest}).items())}
+    return [[_winner({number: of_images[image][window] for number, of_images in covered.items()}) for image in range(images)] for window in range(len(rects))]
+
+
+def _winner(covered: dict[int, int]) -> int:
+    most = max((amount for number, amount in covered.items() if number), default=0)
+    if not most or covered[0] > most * (1 + _TIE):
+        return 0
+    return min(number for number, amount in covered.items() if number and amount >= most * (1 - _TIE))
+
+
+def _part(mark: dict, winner: int) -> float:
+    """What part of its strength a region's entry has where this region was chosen."""
+    if winner == 0:
+        return float(mark["number"] == 0)
+    return mark["share"] if mark["number"] == 0 else (1 - mark["share"]) * (mark["number"] == winner)
+
+
+def _asked(entries: list[dict], choices: Sequence[Choice], canvas: Canvas) -> list[list[dict]]:
     """What the host is to see of a conditioning in each window. Where an entry occurs again, it is the same object."""
-    made = {(index, part): entries[index] if part is None else _unmarked(entries[index], part, canvas) for choice in choices for index, part in choice}
+    made = {(index, parts): entries[index] if parts is None else _unmarked(entries[index], parts, canvas) for choice in choices for index, parts in choice}
     return [[made[chosen] for chosen in choice] for choice in choices]
 
 
-def _unmarked(entry: dict, part: float, canvas: Canvas) -> dict:
-    """The entry of a region, on and all over a window, but for the mask that it came with."""
-    mark = entry[REGION]
+def _unmarked(entry: dict, parts: tuple[float, ...], canvas: Canvas) -> dict:
+    """The entry of a region, on and all over a window, but for a mask of its own; of images with other parts, each has its own."""
     found = {key: value for key, value in entry.items() if key not in (REGION, "mask", "mask_strength", "timestep_start", "timestep_end")}
-    if mark["mask"] is not None:
-        found |= {"mask": _in_cells(mark["mask"], canvas), "mask_strength": mark["mask_strength"]}
-    return found | {"strength": entry.get("strength", 1.0) * part}
+    own, strength = _own_mask(entry, canvas)
+    part = parts[0] if len(set(parts)) == 1 else 1.0
+    if len(set(parts)) > 1:
+        like = _in_cells(entry[REGION]["region"], canvas)[:1]
+        of_images = torch.tensor(parts, device=like.device).view(-1, *[1] * (like.ndim - 1))
+        own = of_images * (torch.ones_like(like) if own is None else comfy.utils.repeat_to_batch_size(own, len(parts)))
+    if own is None:
+        return found | {"strength": entry.get("strength", 1.0) * part * strength}
+    return found | {"mask": own, "mask_strength": strength, "strength": entry.get("strength", 1.0) * part}
+
+
+def _own_mask(entry: dict, canvas: Canvas) -> tuple[torch.Tensor | None, float]:
+    """The mask in cells that an entry of a region has of its own, and its strength: the one that it came with, or one that replaced the region's."""
+    mark, mask = entry[REGION], entry.get("mask")
+    if mask is None or not torch.equal(_in_cells(mark["placed"], canvas), mask):
+        return mask, entry.get("mask_strength", 1.0)
+    return None if mark["mask"] is None else _in_cells(mark["mask"], canvas), mark["mask_strength"]
 
 
 def _in_cells(mask: torch.Tensor, canvas: Canvas) -> torch.Tensor:
@@ -172,21 +271,48 @@ def _in_cells(mask: torch.Tensor, canvas: Canvas) -> torch.Tensor:
     return canvas.prepared[key][1]
 
 
+def _own_reach(entry: dict, canvas: Canvas) -> torch.Tensor | None:
+    """How much of each cell an entry of a region takes by itself; None where it takes all."""
+    mask, strength = _own_mask(entry, canvas)
+    return None if mask is None and "area" not in entry else _units(mask, strength, entry, canvas)
+
+
+def _region_reach(entry: dict, canvas: Canvas) -> torch.Tensor:
+    """How much of each cell is its region's, as far as the entry says something of it."""
+    own = _own_reach(entry, canvas)
+    region = _units(_in_cells(entry[REGION]["region"], canvas), 1.0, {}, canvas)
+    if own is None:
+        return region
+    region, own = _of_as_many(region, own)
+    return (region.double() * own * _UNIT).ceil().long()
+
+
 def _reach(entry: dict, canvas: Canvas) -> torch.Tensor:
-    """How much an entry with a mask says of each cell, (height, width), in units; the mean of its images and frames."""
-    if entry.get("strength", 1.0) == 0 or ("mask" in entry and entry.get("mask_strength", 1.0) == 0):
-        return torch.zeros(canvas.size, dtype=torch.int64)
-    key = "reach", id(entry["mask"]), entry.get("area"), canvas.rows
+    """How much an entry with a mask says of each cell."""
+    return _units(entry.get("mask"), entry.get("mask_strength", 1.0), entry, canvas)
+
+
+def _units(mask: torch.Tensor | None, strength: float, entry: dict, canvas: Canvas) -> torch.Tensor:
+    """A mask within an entry's area, (images, height, width), in units; the mean of its frames. Nothing where a strength is 0."""
+    if entry.get("strength", 1.0) == 0 or (mask is not None and strength == 0):
+        return torch.zeros(1, *canvas.size, dtype=torch.int64)
+    key = "units", id(mask), entry.get("area"), canvas.rows
     if key not in canvas.prepared:
-        mask = entry["mask"][:canvas.rows].abs().flatten(0, -3).float().mean(0).cpu()
-        units = (mask.double() / _UNIT).ceil().long()
+        planes = torch.ones(1, 1, *canvas.size) if mask is None else mask[:canvas.rows].abs().float().cpu()
+        units = (planes.flatten(1, -3).mean(1) if planes.ndim > 3 else planes).double().div(_UNIT).ceil().long()
         if "area" in entry:
-            inside = torch.zeros_like(units)
             place = rect_of_area(entry["area"])
-            inside[place.top:place.bottom, place.left:place.right] = 1
+            inside = torch.zeros_like(units)
+            inside[:, place.top:place.bottom, place.left:place.right] = 1
             units *= inside
-        canvas.prepared[key] = entry["mask"], units
+        canvas.prepared[key] = mask, units
     return canvas.prepared[key][1]
+
+
+def _of_as_many(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rasters with as many images as the one with more of them."""
+    images = max(len(first), len(second))
+    return first.expand(images, -1, -1), second.expand(images, -1, -1)
 
 
 def _sums(units: torch.Tensor, rects: Sequence[Rect]) -> list[int]:

@@ -1,6 +1,8 @@
 """What does the user wire to give parts of a picture prompts of their own? Three nodes; each is a schema and a call."""
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import io
 
 from .prompts import region_conditioning
@@ -10,6 +12,8 @@ CATEGORY = "quadtree tiled diffusion"
 TREE = io.Custom("QUADTREE")
 
 PER_WINDOW, PER_CELL = "per window", "per cell"
+
+log = logging.getLogger(__name__)
 
 
 class QuadtreeRegions(io.ComfyNode):
@@ -38,6 +42,8 @@ class QuadtreeRegions(io.ComfyNode):
     def execute(cls, quadtree, image, region_size, overlap) -> io.NodeOutput:
         height, width = image.shape[1:3]
         places = plan_regions(quadtree, height, width, region_size)
+        if not places:
+            log.info("Quadtree Regions: the tree redraws nothing, so there is no region; what is given out is the whole picture, and a mask of 0")
         shown = {"size": [width, height], "rects": [[rect.left, rect.top, rect.width, rect.height] for rect in places]}
         return io.NodeOutput(
             region_images(image, places, overlap), region_masks(places, height, width, overlap), numbered_picture(image, places), ui={"qtd_regions": [shown]})
@@ -61,7 +67,7 @@ class QuadtreeRegionText(io.ComfyNode):
 
     @classmethod
     def execute(cls, regions, text, lines, captions=()) -> io.NodeOutput:
-        return io.NodeOutput(region_texts(len(regions), text[0], lines[0], captions))
+        return io.NodeOutput(region_texts(len(regions), _single("text", text, TEXTS), _single("lines", lines, TEXTS), captions))
 
 
 class QuadtreeRegionPrompts(io.ComfyNode):
@@ -86,4 +92,16 @@ class QuadtreeRegionPrompts(io.ComfyNode):
     def execute(cls, conditioning, regions, masks, mode, share) -> io.NodeOutput:
         if len(conditioning) != 1:
             raise ValueError(f"conditioning: expected the prompt of the whole picture, got a list of {len(conditioning)}. The list of the regions' prompts belongs to `regions`.")
-        return io.NodeOutput(region_conditioning(conditioning[0], regions, masks, per_window=mode[0] == PER_WINDOW, share=share[0]))
+        per_window = _single("mode", mode, VALUES) == PER_WINDOW
+        return io.NodeOutput(region_conditioning(conditioning[0], regions, masks, per_window=per_window, share=_single("share", share, VALUES)))
+
+
+TEXTS = "A list of texts, one for each region, belongs to `captions`"
+VALUES = "Connect a single value"
+
+
+def _single(name: str, values: list, what_to_do: str):
+    """The one value of an input, which the host gives as a list beside inputs that are lists."""
+    if len(values) != 1:
+        raise ValueError(f"{name}: expected one for all regions, got a list of {len(values)}. {what_to_do}.")
+    return values[0]

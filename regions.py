@@ -6,6 +6,7 @@ from 1 in reading order. Their masks overlap softly and add up to 1.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Sequence
 
@@ -19,6 +20,9 @@ from .utils import Rect
 
 # What `lines` looks like: "3: a lighthouse", "2-5: wet stones", "1, 7: sky".
 _LINE = re.compile(r"\s*(\d+(?:\s*-\s*\d+)?(?:\s*,\s*\d+(?:\s*-\s*\d+)?)*)\s*:(.*)")
+
+# So many digits are more than there are regions, however many of them are zeros.
+LONGEST_NUMBER = 100
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +102,11 @@ def region_texts(amount: int, text: str, lines: str, captions: Sequence[str] = (
     """
     if captions and len(captions) != amount:
         raise ValueError(f"captions: expected one for each of {amount} regions, got {len(captions)}. Caption the images of Quadtree Regions, all of them and nothing else.")
+    wrong = [number for number, caption in enumerate(captions, 1) if not isinstance(caption, str)]
+    if wrong:
+        raise ValueError(f"captions: expected a text for each region, got {type(captions[wrong[0] - 1]).__name__} for region {wrong[0]}. Look at what the captioner gives for its picture.")
     own = read_lines(lines, amount)
-    silent = [number for number in range(1, amount + 1) if number not in own and not captions]
+    silent = [number for number in range(1, amount + 1) if number not in own and not (captions and captions[number - 1].strip())]
     if silent:
         log.info("lines: %s no line and no caption, only what all share", _named(silent, "has", "have"))
     texts = [own.get(number, captions[number - 1].strip() if captions else "") for number in range(1, amount + 1)]
@@ -132,11 +139,17 @@ def _numbers(text: str, amount: int, line: str) -> list[int]:
     found = []
     for part in text.split(","):
         first, _, last = part.partition("-")
-        first, last = int(first), int(last or first)
+        first, last = _number(first), _number(last or first)
         if not 1 <= first <= last <= amount:
-            raise ValueError(f"lines: expected regions from 1 to {amount}, got {part.strip()} in {line[:80]!r}. The picture `numbered` of Quadtree Regions shows which there are.")
+            raise ValueError(f"lines: expected regions from 1 to {amount}, got {part.strip()[:80]} in {line[:80]!r}. The picture `numbered` of Quadtree Regions shows which there are.")
         found += range(first, last + 1)
     return found
+
+
+def _number(digits: str) -> float:
+    """A number of any length, which Python reads up to 4300 digits of."""
+    digits = digits.strip()
+    return int(digits) if len(digits) <= LONGEST_NUMBER else math.inf
 
 
 def _named(numbers: Sequence[int], one: str, several: str) -> str:

@@ -102,11 +102,11 @@ class Ledger:
         self.cost += plan.cost
         self.grid_cost += grid.cost
 
-    def count_look(self, size: tuple[int, int], cost_of: WindowCost) -> None:
-        """Take in a look at the whole picture, of so many cells."""
+    def count_look(self, size: tuple[int, int], cost_of: WindowCost, times: float) -> None:
+        """Take in a look at the whole picture, of so many cells. times: how many prompts it has for one of a window."""
         self.windows += 1
         self.shapes.add(tuple(size))
-        self.cost += cost_of.of(*size)
+        self.cost += times * cost_of.of(*size)
 
 
 @dataclass(frozen=True, eq=False)

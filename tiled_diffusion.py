@@ -166,7 +166,7 @@ def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
     run.watch.look(model_options, conds)
     crew, model_options = _crew_of(run, conds, model_options)
     canvas = run.canvas(model, x, plan)
-    prompts = prompts_of_windows(conds, [window.rect for window in plan.windows], active, sigma, canvas)
+    prompts = prompts_of_windows(conds, [blend.part_of(window) for window in plan.windows], active, sigma, canvas)
     if plan.is_whole:
         options = model_options if crew is None or fills_devices(plan.windows[0].rect, model, x) else options_of(model_options, [crew.devices[0].key])
         results = run.watch.evaluate(executor, model, list(prompts[0]), x, sigma, options)
@@ -255,11 +255,12 @@ class _Windows:
         """Lead the totals to one look at the whole picture."""
         run, facts, side = self.run, self.run.facts, self.run.facts.sizes.sides[-1]
         why = hindrance(conds, self.model_options, self.canvas)
-        look = look_at(self.x, self.sigma, conds, side, self.canvas, turned=run.step % 2 == 0) if why is None else None
+        look = look_at(self.x, self.sigma, conds, active, side, self.canvas, turned=run.step % 2 == 0) if why is None else None
         if look is None:
             run.tell_once("layout", f"hold_layout: {why or 'the picture is too small for it, or the model takes no noise'}, so windows follow no common layout")
             return
-        run.ledger.count_look(look.x.shape[-2:], facts.cost_of)
+        asked = sum(len(entries) for conds in self.prompts.values() for entries in conds if entries) / len(self.prompts)
+        run.ledger.count_look(look.x.shape[-2:], facts.cost_of, look.rows / max(asked, 1))
         options = self.model_options if crew is None else options_of(self.model_options, [crew.devices[0].key])
         seen = run.watch.evaluate(self.executor, self.model, look.conds, look.x, look.sigma, options)
         hold, active = hold_of(run.settings.hold_layout, facts.strengths, run.progress), active.to(original.device)

@@ -17,9 +17,9 @@ def hold_at(hold: float, progress: float) -> float:
 def low_pass(value: torch.Tensor, side: int, wraps: tuple[bool, bool] = (False, False)) -> torch.Tensor:
     """What varies more slowly than over `side` cells: the means of squares, read evenly between their middles.
 
-    value: (..., height, width). wraps: along which axes, (down, across), the last cells are neighbours of the first.
+    value: (..., height, width); what is no number in it counts as 0, so that it does not spread. wraps: along which axes, (down, across), the last cells are neighbours of the first.
     """
-    planes = value.flatten(0, -3)[:, None].float()
+    planes = value.flatten(0, -3)[:, None].float().nan_to_num(0.0, 0.0, 0.0)
     height, width = planes.shape[-2:]
     rows, cols = (max(round(length / side), 1) for length in (height, width))
     means = F.adaptive_avg_pool2d(planes, (rows, cols))

@@ -14,14 +14,16 @@ import torch
 import torch.nn.functional as F
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
-from nodes import ConditioningSetArea, ConditioningSetTimestepRange, ControlNetApplyAdvanced
+from nodes import ConditioningSetArea, ConditioningSetMask, ConditioningSetTimestepRange, ControlNetApplyAdvanced
 from sampling import SIDE_PX, calls_of, even_tree, load, patched, sample, striped_tree
 from seen import denoised, tiled
 from test_control import prompts, sizes_px
-from test_prompts import columns, prompt, prompted, regional, soft_masks
+from test_prompts import columns, counted, prompt, prompted, regional, soft_masks
 from tiny_models import FAMILIES, drawer, recorded, with_prediction
 
 from qtd_pack.layout import Look, _means, _sigma_of_means, follow, hold_of
+from qtd_pack.prompts import region_conditioning
+from qtd_pack.quadtree import Leaf, Quadtree
 from qtd_pack.tiled_diffusion import TiledDiffusion
 from qtd_pack.utils import Rect
 
@@ -307,3 +309,39 @@ def test_what_is_seen_of_a_ring_is_followed_where_it_was_seen(row, col):
     assert out.abs().max() == block.max() > 0.35 and out[0, [0, 1, 3]].abs().max() == 0
     beyond = torch.tensor([(place - 8) % 32 for place in range(28, 32)])
     assert torch.equal(out[0, 2, beyond], out[0, 2, 19:20].expand(4, -1))
+
+
+def test_the_look_of_hold_layout_does_not_pay_for_what_is_outside_all_that_is_redrawn():
+    tree = Quadtree(512, 512, 128, 128, tuple(
+        Leaf(Rect(top, left, top + 128, left + 128), 128, 0.0, float(left < 256)) for top in range(0, 512, 128) for left in range(0, 512, 128)))
+    aside = ConditioningSetMask().append(prompt(7.0), columns(256, 256, height=512)[1], "default", 1.0)[0]
+    model, rows = load("sd15"), []
+    patcher = TiledDiffusion(tree, min_window=128, max_window=128, tile_overlap=0, hold_layout=1.0).patched(model.patcher)
+    denoised(with_prediction(patcher, counted(prompted, rows)), model.latent(512, 512), prompt(1.0) + aside, percents=(0.3,))
+    assert {value for of_call in rows for value in of_call} == {1.0}
+
+
+def test_what_the_run_says_of_its_cost_counts_each_prompt_of_a_look(caplog):
+    """16 windows and 16 regions: a step is 32 rows of one size, twice the grid."""
+    caplog.set_level("INFO")
+    model, rows = load("sd15"), []
+    patcher = TiledDiffusion(even_tree(1.0, 1024, 1024), min_window=256, max_window=256, tile_overlap=0, hold_layout=1.0).patched(model.patcher)
+    denoised(
+        with_prediction(patcher, counted(prompted, rows)), model.latent(1024, 1024), regional(soft_masks(1024, 1024, side=256, overlap=32), True), percents=(0.3,))
+    assert sum(map(len, rows)) == 32
+    assert "2.00 of the cost of the full grid's 16" in caplog.text
+
+
+@pytest.mark.parametrize("hold", ["hold_tones", "hold_layout"])
+def test_a_window_without_numbers_stays_alone(hold, caplog):
+    """The prompt 7 of the left quarter gives NaN."""
+    def predict(call):
+        value = prompted(call).clone()
+        value[call.context.mean((1, 2)) == 7.0] = float("nan")
+        return value
+    model = load("sd15")
+    positive = region_conditioning(prompt(0.5), [prompt(7.0), prompt(2.0)], columns(128, 384, height=512), per_window=True, share=0.0)
+    patcher = with_prediction(tiled(model.patcher, 512, 512, tile_overlap=0, **{hold: 0.5}), predict)
+    out = denoised(patcher, model.latent(512, 512), positive, percents=(0.3,))[0]
+    assert out.isnan().float().mean() == 0.25 and not out[..., 16:].isnan().any()
+    assert "for 25 % of the picture, within 128 x 512 px at 0, 0" in caplog.text

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 
+import comfy.conds
 import comfy.hooks
 import comfy.samplers
 import pytest
@@ -10,11 +11,13 @@ import tiny_controls as controls
 import torch
 from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras.nodes_hooks import ConditioningSetDefaultAndCombine
-from nodes import ConditioningSetArea, ConditioningSetMask, ConditioningSetTimestepRange, ControlNetApplyAdvanced
+from nodes import ConditioningSetArea, ConditioningSetMask, ConditioningSetTimestepRange, ControlNetApply, ControlNetApplyAdvanced
 from sampling import even_tree
 from seen import HEIGHT_PX, WIDTH_PX, assert_windows_see_their_part, denoised, every_batching, tiled
+from test_conditioning import with_boxes
 from tiny_models import TOKENS, drawer, load, with_prediction
 
+from qtd_pack import conditioning
 from qtd_pack.prompts import is_on, region_conditioning
 from qtd_pack.quadtree import Leaf, Quadtree
 from qtd_pack.regions import plan_regions, region_masks
@@ -366,3 +369,156 @@ def test_a_prompt_with_times_is_on_from_its_first_sigma_to_its_last_both_include
     assert is_on(entry, torch.tensor([sigma])) == on and is_on({}, torch.tensor([sigma]))
     found = comfy.samplers.get_area_and_mult(entry | {"model_conds": {}, "uuid": None}, torch.zeros(1, 4, 8, 8), torch.tensor([sigma]))
     assert (found is not None) == on
+
+
+def sampled(positive, negative=None, *, side=SIDE, cfg=1.0, predict=prompted, batch=1, **settings):
+    """The denoised value of one step in windows of 16 cells, and the prompts of the model's rows, call by call."""
+    model, rows = load("sd15"), []
+    patcher = tiled(model.patcher, side, side, **{"tile_overlap": 0} | settings)
+    out = denoised(with_prediction(patcher, counted(predict, rows)), model.latent(side, side, batch=batch), positive, negative, cfg=cfg, percents=(0.3,))
+    return out[0], rows
+
+
+def hosts(positive, batch=1):
+    model = load("sd15")
+    return denoised(with_prediction(model.patcher, prompted), model.latent(SIDE, SIDE, batch=batch), positive, percents=(0.3,))[0]
+
+
+def test_a_mask_that_the_user_sets_after_region_prompts_holds():
+    """Regions in the left half, another prompt in the right one: nothing of the regions belongs into the right half."""
+    left, right = columns(256, 256, height=SIDE)
+    regions = ConditioningSetMask().append(regional(columns(256, 256, height=SIDE), True), left, "default", 1.0)[0]
+    positive = regions + ConditioningSetMask().append(prompt(9.0), right, "default", 1.0)[0]
+    out, _ = sampled(positive)
+    assert hosts(positive)[..., 34:].unique().tolist() == [9.0]
+    assert out[..., 34:].unique().tolist() == [9.0]
+
+
+def test_no_cell_is_without_a_prompt_that_the_host_gives_one():
+    """Region 1's conditioning has a mask of its own, its own region. A window over the border has cells of both regions."""
+    left, right = columns(200, 312, height=SIDE)
+    one = ConditioningSetMask().append(prompt(1.0), left, "default", 1.0)[0]
+    positive = region_conditioning(prompt(0.5), [one, prompt(2.0)], [left, right], per_window=True, share=0.0)
+    out, _ = sampled(positive)
+    assert float(hosts(positive).min()) >= 0.99
+    assert float(out.min()) >= 0.49
+
+
+def test_a_window_over_the_end_of_a_regions_area_has_what_the_host_gives():
+    """Region 1's conditioning has an area, cells 0 to 23; its mask and region 2's meet at cell 28."""
+    left, right = columns(224, 288, height=SIDE)
+    one = ConditioningSetArea().append(prompt(1.0), 192, SIDE, 0, 0, 1.0)[0]
+    positive = region_conditioning(prompt(0.5), [one, prompt(2.0)], [left, right], per_window=True, share=0.0)
+    out, _ = sampled(positive)
+    assert out[..., :15].unique().tolist() == [1.0] and out[..., 32:].unique().tolist() == [2.0]
+    assert torch.allclose(out[..., 16:24], torch.tensor(1.0)) and torch.allclose(out[..., 28:32], torch.tensor(2.0))
+
+
+def test_a_window_pays_for_no_entry_whose_own_mask_is_not_there():
+    left, right = columns(256, 256, height=SIDE)
+    halves = [entry for value, mask in ((0.5, left), (0.7, right)) for entry in ConditioningSetMask().append(prompt(value), mask, "default", 1.0)[0]]
+    corner = torch.zeros(1, SIDE, SIDE)
+    corner[:, :128, :128] = 1
+    counts = {per_window: sum(map(len, sampled(region_conditioning(halves, [prompt(2.0)], [corner], per_window=per_window, share=0.0))[1])) for per_window in (False, True)}
+    assert counts[False] == 16
+    assert counts[True] == 16
+
+
+@pytest.mark.parametrize("amount", [1.0, 1e-4])
+def test_a_window_belongs_to_the_whole_pictures_prompt_where_no_region_covers_most_of_it(amount):
+    mask = torch.zeros(1, SIDE, SIDE)
+    mask[:, 120:136, 120:136] = amount  # 2 x 2 cells, one in each of four windows
+    out, _ = sampled(region_conditioning(prompt(0.5), [prompt(2.0)], [mask], per_window=True, share=0.0))
+    assert float((out == 2.0).float().mean()) < 0.01
+
+
+SPOT = dict(side=320, method="SpotDiffusion", window_shapes="square", shift_method="sorted")
+
+
+def test_spot_diffusion_counts_the_cells_that_a_window_is_asked_for():
+    """Of the windows at the left, cells 0 to 7 count, five of them of region 1; what they see more is region 2's."""
+    out, _ = sampled(regional(columns(40, 280, height=320), True), **SPOT)
+    assert out[..., :8].unique().tolist() == [1.0]
+
+
+def test_spot_diffusion_pays_for_no_region_outside_a_windows_core():
+    _, rows = sampled(regional(columns(64, 256, height=320), False), **SPOT)
+    assert sum(map(len, rows)) == 9
+
+
+def test_regions_of_a_batch_with_masks_of_its_images():
+    """Image 1 has region 1 at the left, image 2 at the right."""
+    left, right = columns(256, 256, height=SIDE)
+    positive = regional([torch.cat([left, right]), torch.cat([right, left])], True)
+    out, _ = sampled(positive, batch=2)
+    host = hosts(positive, batch=2)
+    assert torch.equal(out[:, :, :, ::16], host[:, :, :, ::16])
+
+
+def test_texts_of_several_lengths_cost_as_many_batches_as_one():
+    """The host pads to at most four times the shorter text; all of these beside a negative of 77 are within that, one by one."""
+    model, calls = load("sd15"), []
+
+    def predict(call):
+        calls.append(tuple(call.context.shape[:2]))
+        return prompted(call)
+    texts = [prompt(float(number), tokens=77 * number) for number in (1, 2, 3, 4)]
+    positive = region_conditioning(prompt(0.5), texts, columns(128, 128, 128, 128, height=SIDE), per_window=True, share=0.0)
+    patcher = tiled(model.patcher, SIDE, SIDE, tile_overlap=0)
+    denoised(with_prediction(patcher, predict), model.latent(SIDE, SIDE), positive, prompt(0.25, tokens=77), percents=(0.3,), cfg=4.0)
+    assert max(tokens for _, tokens in calls) <= 4 * 77
+
+
+def test_prompts_that_are_alike_are_found_without_comparing_all_and_without_copies(monkeypatch):
+    asked, real = [], conditioning._are_alike
+    monkeypatch.setattr(conditioning, "_are_alike", lambda *args: asked.append(args) or real(*args))
+    sampled(regional(soft_masks(SIDE, SIDE, side=128), True), prompt(0.25), cfg=4.0, batch=2)
+    assert len(asked) == 15 + 1  # each region's with the first, and the negative
+    text = torch.zeros(1, 512, 4096)
+    shape = conditioning._of_so_many(comfy.conds.CONDCrossAttn(text), 8).cond
+    assert shape.shape == (8, 512, 4096) and shape.data_ptr() == text.data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["control", "boxes"])
+def test_controls_that_the_host_copies_for_each_entry_share_batches(kind):
+    counts = []
+    for positive in (prompt(1.0), region_conditioning(prompt(0.5), [prompt(float(number)) for number in (1, 2, 3, 4)], columns(128, 128, 128, 128, height=SIDE), per_window=True, share=0.0)):
+        if kind == "control":
+            positive, = ControlNetApply().apply_controlnet(positive, controls.echo_control(), controls.picture(SIDE, SIDE), 1.0)
+        else:
+            model = controls.echo_gligen()
+            placed = with_boxes(model, [(1, 60, 60, 2, 2)])[0][1]["gligen"]
+            positive = [[tokens, extras | {"gligen": (*placed[:2], list(placed[2]))}] for tokens, extras in positive]
+        counts.append(len(sampled(positive, prompt(0.25), cfg=4.0)[1]))
+    assert counts[1] <= 1.1 * counts[0], counts
+
+
+@pytest.mark.parametrize("whole, regions", [(2, 1), (1, 2)])
+def test_a_share_is_of_the_whole_pictures_prompt_however_many_entries_it_has(whole, regions):
+    positive = region_conditioning(prompt(0.0) * whole, [prompt(1.0) * regions], [torch.ones(1, SIDE, SIDE)], per_window=True, share=0.25)
+    out, _ = sampled(positive)
+    assert torch.allclose(out, torch.tensor(0.75), atol=1e-5)
+
+
+def test_masks_of_batches_that_do_not_fit_are_refused_in_the_users_words():
+    with pytest.raises(ValueError, match="masks"):
+        region_conditioning(prompt(0.5), [prompt(1.0)] * 2, [torch.ones(2, 64, 64), torch.ones(3, 64, 64)], per_window=True, share=0.0)
+
+
+@pytest.mark.parametrize("times, parts", [
+    ([(0, 1)], [1.0]), ([(0, 1), (0, 1)], [0.5, 0.5]), ([(0, 0.5), (0.5, 1)], [1.0, 1.0]), ([(0, 0.5), (0.5, 1), (0, 1)], [0.5, 0.5, 0.5]),
+    ([(0.2, 0.2)], [1.0]), ([(0, 0.6), (0.4, 1), (0.9, 1)], [0.5, 0.5, 0.5])])
+def test_combined_prompts_that_are_on_at_a_time_count_as_one(times, parts):
+    whole = [entry for start, end in times for entry in ConditioningSetTimestepRange().set_range(prompt(1.0), start, end)[0]]
+    found = region_conditioning(whole, [prompt(2.0)], [torch.ones(1, 8, 8)], per_window=False, share=0.25)
+    assert [extras["mask_strength"] for _, extras in found] == [*parts, 0.75]
+
+
+@pytest.mark.parametrize("empty, line", [
+    ([2], "masks of regions 2 are 0 everywhere, so these prompts are left out"),
+    ([1, 2, 3], "no mask is above 0 anywhere, so there is no region, and only the whole picture's prompt")])
+def test_a_prompt_that_is_left_out_is_told(empty, line, caplog):
+    caplog.set_level("INFO")
+    masks = [mask * (number not in empty) for number, mask in enumerate(columns(8, 8, 8, height=8), 1)]
+    regional(masks, True)
+    assert [record.message for record in caplog.records] == [f"Quadtree Region Prompts: {line}"]

@@ -5,8 +5,12 @@ import io as files
 
 import pytest
 import skimage.data
+import torch
 from PIL import Image
+from sampling import even_tree
 from stand_ins import write_stand_in
+
+from qtd_pack.region_nodes import QuadtreeRegionPrompts, QuadtreeRegions, QuadtreeRegionText
 
 
 @pytest.fixture
@@ -84,3 +88,21 @@ def test_what_cannot_be_followed_is_said_in_the_users_words(server, photo, chang
     graph["three"] = {"class_type": "PrimitiveString", "inputs": {"value": "one caption"}}
     with pytest.raises(RuntimeError, match=message):
         server.run_graph(graph)
+
+
+@pytest.mark.parametrize("lines, text, name", [(["1: a", "2: b"], [""], "lines"), (["1: a"], ["x", "y"], "text"), ([], [""], "lines")])
+def test_lists_for_lines_or_text_are_not_cut_to_their_first(lines, text, name):
+    with pytest.raises(ValueError, match=f"{name}: expected one for all regions, got a list of"):
+        QuadtreeRegionText.execute([torch.zeros(1, 8, 8, 3)] * 3, text, lines)
+
+
+@pytest.mark.parametrize("mode, share, name", [(["per window", "per cell"], [0.0], "mode"), (["per cell"], [0.0, 0.5], "share")])
+def test_lists_for_mode_or_share_are_not_cut_to_their_first(mode, share, name):
+    with pytest.raises(ValueError, match=f"{name}: expected one for all regions, got a list of 2"):
+        QuadtreeRegionPrompts.execute([[]], [[], []], [torch.ones(1, 8, 8)] * 2, mode, share)
+
+
+def test_a_tree_that_redraws_nothing_is_told(caplog):
+    caplog.set_level("INFO")
+    QuadtreeRegions.execute(even_tree(0.0, 512, 512), torch.rand(1, 512, 512, 3), 128, 16)
+    assert "the tree redraws nothing, so there is no region" in caplog.text

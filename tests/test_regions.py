@@ -117,3 +117,17 @@ def test_regions_of_a_tree_with_leaves_of_many_sizes():
     """A small leaf that is redrawn makes a region of its square, wherever it lies in it."""
     leaves = tuple(Leaf(Rect(top, left, top + 32, left + 32), 32, 0.0, float((top, left) == (96, 160))) for top in range(0, 256, 32) for left in range(0, 256, 32))
     assert plan_regions(Quadtree(256, 256, 32, 32, leaves), 256, 256, 128) == [Rect(0, 128, 128, 256)]
+
+
+def test_a_caption_that_says_nothing_is_told_and_one_that_is_no_text_refused(caplog):
+    caplog.set_level("INFO")
+    assert region_texts(3, "dusk", "3: sky", ["", "a boat", " "]) == ["dusk", "dusk, a boat", "dusk, sky"]
+    assert "region 1 has no line and no caption" in caplog.text
+    with pytest.raises(ValueError, match="captions: expected a text for each region, got NoneType for region 2"):
+        region_texts(2, "", "", ["a boat", None])
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "0" * 5000 + "1"])
+def test_a_number_of_any_length_is_refused_as_others_are(number):
+    with pytest.raises(ValueError, match="lines: expected regions from 1 to 12"):
+        read_lines(f"{number}: sky", 12)

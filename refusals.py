@@ -37,12 +37,16 @@ def check_canvas(tree: Quadtree, latent: torch.Tensor, cell_px: int) -> None:
 
 
 def check_size(x: torch.Tensor, run: Run) -> None:
-    """Raise ValueError if a sampler has given the latent another size on its way (LCM Upscale does)."""
+    """Raise ValueError if a sampler has given the latent another size on its way (LCM Upscale does), or asks about some images of a batch."""
     if x.shape[-2:] != run.facts.strengths.shape:
         height, width = run.facts.strengths.shape
         raise ValueError(
             f"sampler: expected one that keeps the latent's size, {width} x {height} cells, but it went on with {x.shape[-1]} x {x.shape[-2]}. "
             "Choose another sampler, or enlarge the latent between two of them.")
+    if x.shape[0] % run.facts.shape[0]:
+        raise ValueError(
+            f"sampler: expected one that asks about all images of a batch at once, {run.facts.shape[0]}, but it asked about {x.shape[0]}, and which they are cannot be told. "
+            "Choose another sampler, or sample the images one after another.")
 
 
 def check_guidance(model_options, run: Run) -> None:

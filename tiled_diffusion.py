@@ -11,6 +11,8 @@ is affine in the velocity, in eps and in v.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import logging
 import math
 import traceback
@@ -26,8 +28,8 @@ import comfy.patcher_extension
 from .blending import Blend
 from .canvas import Canvas
 from .conditioning import cut_conds, kind_of_window
-from .devices import Batch, Crew, Work, evened, find_crew, load_where_it_fits, one_by_one, options_of
-from .layout import follow, hindrance, hold_of, look_at
+from .devices import Batch, Crew, Work, evened, find_crew, is_out_of_memory, load_where_it_fits, one_by_one, options_of
+from .layout import Look, follow, hindrance, hold_of, look_at
 from .model_facts import fills_devices, windows_that_fill, windows_that_fit
 from .outcome import concluded
 from .patches import apply_model, home_of_patches, windows_are_alone, with_windows
@@ -40,6 +42,9 @@ from .utils import cut_latent, pieces, slices
 from .windows import group_windows
 
 KEY = "quadtree_tiled_diffusion"
+
+# Of what is told once in a run: that there are no looks at the whole picture, and from then on none is tried.
+NO_LOOK = "layout"
 
 log = logging.getLogger(__name__)
 
@@ -131,19 +136,31 @@ def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, laten
         if callback is not None:
             callback(step, denoised, x, total, *further)
 
-    return executor(guider, sigmas, extra_args, told, noise, latent_image, *args, **kwargs)
+    return executor(_never_past_us(guider), sigmas, extra_args, told, noise, latent_image, *args, **kwargs)
+
+
+def _never_past_us(guider):
+    """A copy of the guider, for the sampler, that blends whoever asks it.
+
+    Guiders that call their own predict_noise, and samplers that call the guider's, go past all PREDICT_NOISE wrappers.
+    """
+    asked = copy.copy(guider)
+    asked.predict_noise = functools.partial(_predict_noise, guider.predict_noise)
+    return asked
 
 
 def _predict_noise(executor, x, sigma, model_options={}, *args, **kwargs):
     """Blend the original in, once, after guidance and all that other nodes do to it."""
     run = _run_of(model_options)
-    if run is None:
+    if run is None or run.whole_x is not None:
         return executor(x, sigma, model_options, *args, **kwargs)
     check_size(x, run)
     progress = run.clock.call(float(sigma.flatten()[0]), x)
     run.whole_x = x
-    denoised = executor(x, sigma, model_options, *args, **kwargs)
-    run.whole_x = None
+    try:
+        denoised = executor(x, sigma, model_options, *args, **kwargs)
+    finally:
+        run.whole_x = None
     run.look_at(denoised)
     original = None if run.facts.original is None else like(run.facts.original, denoised)
     hold = hold_at(run.settings.hold_tones, progress)
@@ -256,17 +273,28 @@ class _Windows:
         run, facts, side = self.run, self.run.facts, self.run.facts.sizes.sides[-1]
         why = hindrance(conds, self.model_options, self.canvas)
         look = look_at(self.x, self.sigma, conds, active, side, self.canvas, turned=run.step % 2 == 0) if why is None else None
-        if look is None:
-            run.tell_once("layout", f"hold_layout: {why or 'the picture is too small for it, or the model takes no noise'}, so windows follow no common layout")
+        seen = None if look is None or NO_LOOK in run.ledger.warned else self._seen(look, crew)
+        if seen is None:
+            why = why or ("there is no memory for a look at the whole picture" if look else "the picture is too small for it, or the model takes no noise")
+            run.tell_once(NO_LOOK, f"hold_layout: {why}, so windows follow no common layout")
             return
         asked = sum(len(entries) for conds in self.prompts.values() for entries in conds if entries) / len(self.prompts)
         run.ledger.count_look(look.x.shape[-2:], facts.cost_of, look.rows / max(asked, 1))
-        options = self.model_options if crew is None else options_of(self.model_options, [crew.devices[0].key])
-        seen = run.watch.evaluate(self.executor, self.model, look.conds, look.x, look.sigma, options)
         hold, active = hold_of(run.settings.hold_layout, facts.strengths, run.progress), active.to(original.device)
         for index, total in enumerate(self.totals):
             if total is not None:
                 self.totals[index] = follow(total, seen[index], look, hold, active, original, side, facts.sizes.wraps)
+
+    def _seen(self, look: Look, crew: Crew | None) -> list | None:
+        """What the model sees of the whole, on the first device that has the memory; None if none has."""
+        for options in [self.model_options] if crew is None else [options_of(self.model_options, [device.key]) for device in crew.devices]:
+            try:
+                return self.run.watch.evaluate(self.executor, self.model, look.conds, look.x, look.sigma, options)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                comfy.model_management.soft_empty_cache()
+        return None
 
     def _batches(self) -> deque[Batch]:
         """The windows of one kind together, whatever their number."""

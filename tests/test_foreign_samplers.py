@@ -398,3 +398,55 @@ def test_a_sampler_with_steps_of_its_own_is_followed_by_its_sigmas_and_restored(
     assert torch.equal(out[..., :half], latent[..., :half])
     assert (out - latent)[..., half:].abs().mean() > 0.1 * latent.std()
     assert log_lines(caplog) == []
+
+
+class DirectGuider(comfy.samplers.CFGGuider):
+    """As the guiders of some packs do."""
+
+    def __call__(self, *args, **kwargs):
+        return self.predict_noise(*args, **kwargs)
+
+
+def asking_the_guider(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Euler, by the guider's predict_noise, as the samplers of some packs do."""
+    for step, (sigma, below) in enumerate(zip(sigmas, sigmas[1:])):
+        denoised = model.inner_model.predict_noise(x, sigma.expand(x.shape[0]), model_options=extra_args["model_options"], seed=extra_args["seed"])
+        callback({"x": x, "i": step, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+        x = x + (x - denoised) / sigma * (below - sigma)
+    return x
+
+
+def image_by_image(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Euler, the images of a batch one after another."""
+    for sigma, below in zip(sigmas, sigmas[1:]):
+        denoised = torch.cat([model(row[None], sigma[None], **extra_args) for row in x])
+        x = x + (x - denoised) / sigma * (below - sigma)
+    return x
+
+
+def guided(model, patcher, latent, guider=comfy.samplers.CFGGuider, function=None):
+    guider = guider(patcher)
+    guider.set_conds(model.positive(SIDE_PX, SIDE_PX), model.negative(SIDE_PX, SIDE_PX))
+    guider.set_cfg(4.0)
+    sampler = comfy.samplers.sampler_object("euler") if function is None else comfy.samplers.KSAMPLER(function)
+    before = dict(vars(guider))
+    out = guider.sample(comfy.sample.prepare_noise(latent, 5), latent, sampler, sigmas_of(model), callback=lambda *args: None, disable_pbar=True, seed=5)
+    assert vars(guider).keys() == before.keys()
+    return out
+
+
+@pytest.mark.parametrize("schedule", ["img2img", "blend", "ramp"])
+@pytest.mark.parametrize("way", [dict(guider=DirectGuider), dict(function=asking_the_guider), dict(guider=DirectGuider, function=asking_the_guider)])
+def test_who_asks_the_guider_past_what_is_wrapped_around_it_is_answered_as_others(way, schedule):
+    model = load("flux_schnell")
+    patcher = with_prediction(patched(model, striped_tree(0.0, 0.5, 0.8, 1.0, leaf=64), schedule=schedule, hold_tones=0.3), lambda x, sigma: 0.5 * x + 3)
+    latent = model.latent(SIDE_PX, SIDE_PX)
+    out, right = guided(model, patcher, latent, **way), guided(model, patcher, latent)
+    assert torch.allclose(out, right, atol=1e-4) and torch.equal(out[..., :8], latent[..., :8])
+
+
+def test_a_sampler_that_asks_about_single_images_of_a_batch_is_refused():
+    model = load("flux_schnell")
+    latent = torch.cat([model.latent(SIDE_PX, SIDE_PX, seed=seed) for seed in (1, 2)])
+    with pytest.raises(ValueError, match="sampler: expected one that asks about all images of a batch at once, 2, but it asked about 1"):
+        guided(model, patched(model, striped_tree(0.5, 1.0)), latent, function=image_by_image)

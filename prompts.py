@@ -9,23 +9,13 @@ import logging
 import uuid
 from collections.abc import Hashable, Sequence
 
-import numpy
 import torch
-import torch.nn.functional as F
 
-import comfy.samplers
 import comfy.utils
 
 from .canvas import Canvas
-from .conditioning import rect_of_area
-from .utils import Rect, pieces
-
-# In an entry: {"set", "number" (0: the whole picture), "share", "mask", "mask_strength", "region", "placed"}: the mask that it had
-# before, its region's, and what the two make together.
-REGION = "quadtree_region"
-
-# Masks are summed in whole numbers of this, upwards, so that only nothing adds up to 0.
-_UNIT = 2 ** -20
+from .reach import REGION, UNIT, in_cells, of_as_many, own_mask, own_reach, reach_of, region_reach, sums
+from .utils import Rect
 
 # Two regions cover equally much if they differ by no more than arithmetic leaves of a share.
 _TIE = 1e-6
@@ -114,6 +104,8 @@ def _masked_entry(entry: list, mask: torch.Tensor, strength: float, part: float,
     placed = {"mask": mask, "mask_strength": strength * own_strength, "set_area_to_bounds": False}
     if own is not None:
         own = (own[None] if own.ndim == 2 else own).float()
+        if len({len(own), len(mask), 1}) > 2:
+            raise ValueError(f"{f'regions: the prompt of region {number}' if number else 'conditioning: it'} has a mask for {len(own)} pictures of a batch, where `masks` are for {len(mask)}.")
         placed["mask"] = _scaled(own, mask) * mask.to(own.device)
     if name is not None:
         placed[REGION] = {"set": name, "number": number, "share": share, "mask": own, "mask_strength": own_strength, "region": mask, "placed": placed["mask"]}
@@ -152,7 +144,7 @@ def is_on(entry: dict, sigma: torch.Tensor) -> bool:
 
 def says_something(entry: dict, active: torch.Tensor, canvas: Canvas) -> bool:
     """Whether an entry says anything of the active cells, (height, width) on the CPU."""
-    return not _is_placed(entry) or bool((_reach(entry, canvas) * active).any())
+    return not _is_placed(entry) or bool((reach_of(entry, canvas) * active).any())
 
 
 # For each window the entries that it gets: their index, and the part of the strength that each image leaves to one of a region.
@@ -160,7 +152,7 @@ Choice = list[tuple[int, tuple[float, ...] | None]]
 
 
 def _choices(entries: list[dict], rects: Sequence[Rect], active: torch.Tensor, is_on: Sequence[bool], canvas: Canvas) -> list[Choice]:
-    says = [_sums(_reach(entry, canvas).sum(0) * active, rects) if _is_placed(entry) else [1] * len(rects) for entry in entries]
+    says = [sums(reach_of(entry, canvas).sum(0) * active, rects) if _is_placed(entry) else [1] * len(rects) for entry in entries]
     members: dict[Hashable, dict[int, dict]] = {}
     for index, (entry, on) in enumerate(zip(entries, is_on)):
         if REGION in entry and on:
@@ -178,13 +170,13 @@ def _parts_of_set(members: dict[int, dict], rects: Sequence[Rect], active: torch
 
     That is where the region that a window gets has a mask or an area of its own, and would leave cells without a prompt.
     """
-    own = {index: _own_reach(entry, canvas) for index, entry in members.items()}
+    own = {index: own_reach(entry, canvas) for index, entry in members.items()}
     numbers = _winners(members, rects, active, canvas)
     found = {index: [tuple(_part(entry[REGION], number) for number in of_window) for of_window in numbers] for index, entry in members.items()}
     if all(reach is None for reach in own.values()):
         return found
-    reach = {index: _reach(entry, canvas) for index, entry in members.items()}
-    heard = {index: None if own[index] is None else _sums(own[index].sum(0) * active, rects) for index in members}
+    reach = {index: reach_of(entry, canvas) for index, entry in members.items()}
+    heard = {index: None if own[index] is None else sums(own[index].sum(0) * active, rects) for index in members}
     for window in range(len(rects)):
         for index in members:
             if heard[index] is not None and not heard[index][window]:
@@ -202,7 +194,7 @@ def _has_hole(reach: dict, own: dict, parts: dict, rect: Rect, active: torch.Ten
         if any(one is None for one in chosen):
             continue
         said, given = (sum((one[image % len(one)] for one in several), torch.zeros_like(active, dtype=torch.int64)) for several in (reach.values(), chosen))
-        if any(_sums(((said > 0) & (given == 0) & active).long(), [rect])):
+        if any(sums(((said > 0) & (given == 0) & active).long(), [rect])):
             return True
     return False
 
@@ -211,13 +203,15 @@ def _winners(members: dict[int, dict], rects: Sequence[Rect], active: torch.Tens
     """The number of the region that covers most of the active cells of each window, for each image; 0 where what no region covers is more."""
     reach: dict[int, torch.Tensor] = {}
     for entry in members.values():
-        number, units = entry[REGION]["number"], _region_reach(entry, canvas)
+        number, units = entry[REGION]["number"], region_reach(entry, canvas)
         if number:
-            reach[number] = torch.maximum(*_of_as_many(reach[number], units)) if number in reach else units
-    images = max(map(len, reach.values()), default=1)
-    rest = (round(1 / _UNIT) - sum((units.expand(images, -1, -1) for units in reach.values()), torch.zeros(1, *canvas.size, dtype=torch.int64).expand(images, -1, -1))).clamp(min=0)
-    covered = {number: [_sums(units[image % len(units)] * active, rects) for image in range(images)] for number, units in sorted((reach | {0: rest}).items())}
-    return [[_winner({number: of_images[image][window] for number, of_images in covered.items()}) for image in range(images)] for window in range(len(rects))]
+            reach[number] = torch.maximum(*of_as_many(reach[number], units)) if number in reach else units
+    rest = torch.full((max(map(len, reach.values()), default=1), *canvas.size), round(1 / UNIT))
+    for units in reach.values():
+        rest -= units
+    reach[0] = rest.clamp(min=0)
+    covered = {number: [sums(units[image % len(units)] * active, rects) for image in range(len(rest))] for number, units in reach.items()}
+    return [[_winner({number: of_images[image][window] for number, of_images in covered.items()}) for image in range(len(rest))] for window in range(len(rects))]
 
 
 def _winner(covered: dict[int, int]) -> int:
@@ -243,82 +237,12 @@ def _asked(entries: list[dict], choices: Sequence[Choice], canvas: Canvas) -> li
 def _unmarked(entry: dict, parts: tuple[float, ...], canvas: Canvas) -> dict:
     """The entry of a region, on and all over a window, but for a mask of its own; of images with other parts, each has its own."""
     found = {key: value for key, value in entry.items() if key not in (REGION, "mask", "mask_strength", "timestep_start", "timestep_end")}
-    own, strength = _own_mask(entry, canvas)
+    own, strength = own_mask(entry, canvas)
     part = parts[0] if len(set(parts)) == 1 else 1.0
     if len(set(parts)) > 1:
-        like = _in_cells(entry[REGION]["region"], canvas)[:1]
+        like = in_cells(entry[REGION]["region"], canvas)[:1]
         of_images = torch.tensor(parts, device=like.device).view(-1, *[1] * (like.ndim - 1))
         own = of_images * (torch.ones_like(like) if own is None else comfy.utils.repeat_to_batch_size(own, len(parts)))
     if own is None:
         return found | {"strength": entry.get("strength", 1.0) * part * strength}
     return found | {"mask": own, "mask_strength": strength, "strength": entry.get("strength", 1.0) * part}
-
-
-def _own_mask(entry: dict, canvas: Canvas) -> tuple[torch.Tensor | None, float]:
-    """The mask in cells that an entry of a region has of its own, and its strength: the one that it came with, or one that replaced the region's."""
-    mark, mask = entry[REGION], entry.get("mask")
-    if mask is None or not torch.equal(_in_cells(mark["placed"], canvas), mask):
-        return mask, entry.get("mask_strength", 1.0)
-    return None if mark["mask"] is None else _in_cells(mark["mask"], canvas), mark["mask_strength"]
-
-
-def _in_cells(mask: torch.Tensor, canvas: Canvas) -> torch.Tensor:
-    key = "mask in cells", id(mask)
-    if key not in canvas.prepared:
-        resolved = [{"mask": mask}]
-        comfy.samplers.resolve_areas_and_cond_masks_multidim(resolved, canvas.shape[2:], canvas.device)
-        canvas.prepared[key] = mask, resolved[0]["mask"]
-    return canvas.prepared[key][1]
-
-
-def _own_reach(entry: dict, canvas: Canvas) -> torch.Tensor | None:
-    """How much of each cell an entry of a region takes by itself; None where it takes all."""
-    mask, strength = _own_mask(entry, canvas)
-    return None if mask is None and "area" not in entry else _units(mask, strength, entry, canvas)
-
-
-def _region_reach(entry: dict, canvas: Canvas) -> torch.Tensor:
-    """How much of each cell is its region's, as far as the entry says something of it."""
-    own = _own_reach(entry, canvas)
-    region = _units(_in_cells(entry[REGION]["region"], canvas), 1.0, {}, canvas)
-    if own is None:
-        return region
-    region, own = _of_as_many(region, own)
-    return (region.double() * own * _UNIT).ceil().long()
-
-
-def _reach(entry: dict, canvas: Canvas) -> torch.Tensor:
-    """How much an entry with a mask says of each cell."""
-    return _units(entry.get("mask"), entry.get("mask_strength", 1.0), entry, canvas)
-
-
-def _units(mask: torch.Tensor | None, strength: float, entry: dict, canvas: Canvas) -> torch.Tensor:
-    """A mask within an entry's area, (images, height, width), in units; the mean of its frames. Nothing where a strength is 0."""
-    if entry.get("strength", 1.0) == 0 or (mask is not None and strength == 0):
-        return torch.zeros(1, *canvas.size, dtype=torch.int64)
-    key = "units", id(mask), entry.get("area"), canvas.rows
-    if key not in canvas.prepared:
-        planes = torch.ones(1, 1, *canvas.size) if mask is None else mask[:canvas.rows].abs().float().cpu()
-        units = (planes.flatten(1, -3).mean(1) if planes.ndim > 3 else planes).double().div(_UNIT).ceil().long()
-        if "area" in entry:
-            place = rect_of_area(entry["area"])
-            inside = torch.zeros_like(units)
-            inside[:, place.top:place.bottom, place.left:place.right] = 1
-            units *= inside
-        canvas.prepared[key] = mask, units
-    return canvas.prepared[key][1]
-
-
-def _of_as_many(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two rasters with as many images as the one with more of them."""
-    images = max(len(first), len(second))
-    return first.expand(images, -1, -1), second.expand(images, -1, -1)
-
-
-def _sums(units: torch.Tensor, rects: Sequence[Rect]) -> list[int]:
-    """The sum in each rectangle."""
-    total: numpy.ndarray = F.pad(units.cumsum(0).cumsum(1), (1, 0, 1, 0)).numpy()
-    return [
-        sum(int(total[part.bottom, part.right] - total[part.top, part.right] - total[part.bottom, part.left] + total[part.top, part.left])
-            for part, _ in pieces(rect, *units.shape))
-        for rect in rects]

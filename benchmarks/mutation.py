@@ -58,6 +58,7 @@ TESTS = {
     "placement": ("placement", "compositing"),
     "preview": ("preview", "route"),
     "prompts": ("prompts",),
+    "reach": ("prompts",),
     "quadtree": ("quadtree", "best_tree"),
     "refusals": ("tiled_diffusion", "sampler_nodes", "foreign_wrappers"),
     "region_nodes": ("region_nodes",),

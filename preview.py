@@ -126,21 +126,48 @@ class _Desk:
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def answer(self, request: web.Request) -> tuple[int, dict]:
-        if request.content_type != "application/json":
-            return 415, said(Refusal("no_json", "expected JSON."))
-        if request.content_length is None or request.content_length > LONGEST_REQUEST:
-            return 413, said(Refusal("too_long", "The settings are too long. Make `edits` shorter or empty."))
-        if self._open >= MOST_OPEN:
-            return 503, said(Refusal("busy", "The server is asked for too many trees at once. Change a setting to ask again."))
+        status, problem = self._refusal_of(request)
+        if problem is not None:
+            return status, said(problem)
         self._open += 1
         try:
-            body = await asyncio.wait_for(request.read(), SECONDS_TO_ARRIVE)
+            body = await asyncio.wait_for(_body_of(request), SECONDS_TO_ARRIVE)
+            if body is None:
+                return 413, said(_too_long())
             async with self._places:
                 return await asyncio.to_thread(answer_to, self._pictures, body)
         except asyncio.TimeoutError:
             return 408, said(Refusal("slow", "The settings did not arrive in time. Change a setting to ask again."))
         finally:
             self._open -= 1
+
+    def _refusal_of(self, request: web.Request) -> tuple[int, Refusal | None]:
+        """Why a request is not read, by its headers alone; None if it is."""
+        if request.content_type != "application/json":
+            return 415, Refusal("no_json", "expected JSON.")
+        # aiohttp unpacks what comes in, and its length is that of what was sent: as little as a thousandth of what would be read.
+        if any(name.strip().lower() != "identity" for name in request.headers.getall("Content-Encoding", ())):
+            return 415, Refusal("packed", "expected JSON that is not compressed.")
+        if request.content_length is None or request.content_length > LONGEST_REQUEST:
+            return 413, _too_long()
+        if self._open >= MOST_OPEN:
+            return 503, Refusal("busy", "The server is asked for too many trees at once. Change a setting to ask again.")
+        return 200, None
+
+
+async def _body_of(request: web.Request) -> bytes | None:
+    """What was sent, or None if it is too long, whatever length was declared; no more of it is read than tells that."""
+    found = bytearray()
+    while len(found) <= LONGEST_REQUEST:
+        part = await request.content.read(LONGEST_REQUEST + 1 - len(found))
+        if not part:
+            return bytes(found)
+        found += part
+    return None
+
+
+def _too_long() -> Refusal:
+    return Refusal("too_long", "The settings are too long. Make `edits` shorter or empty.")
 
 
 def teller(node_id: str) -> Callable[..., None] | None:
@@ -239,7 +266,7 @@ def _answer(cells: CellStatistics, settings: dict) -> dict:
             amount=amount, min_leaf=settings["min_leaf"])
     edits = parse_edits(settings["edits"])
     if edits is not None and sum(min((square.side * cols / edits.width + 1) * (square.side * rows / edits.height + 1), amount) for square in edits.squares) > MOST_PAINTED:
-        raise Refusal("too_long", "The settings are too long. Make `edits` shorter or empty.")
+        raise _too_long()
     tree = tree_of(cells, **settings)
     if len(tree.leaves) > MOST_LEAVES:
         raise Refusal(
@@ -249,9 +276,25 @@ def _answer(cells: CellStatistics, settings: dict) -> dict:
 
 
 def _checked_settings(given) -> dict:
-    """The node's settings in a request. Raises Refusal unless each has its type; quadtree.py checks their ranges."""
+    """The node's settings in a request, none of a size that arithmetic fails at.
+
+    Raises Refusal. quadtree.py checks the ranges of shares and strengths; what comes by a wire may lie outside of a widget's.
+    """
     if not isinstance(given, dict):
         raise Refusal("no_settings", "expected the settings of the node.")
+    _check_types(given)
+    # A tensor can be compared to any float, but not to any whole number.
+    settings = {name: float(given[name]) if name in NUMBERS else given[name] for name in NUMBERS + SIDES + TEXTS}
+    if not (FINEST_PX <= settings["min_leaf"] <= LARGEST_LEAF and 0 <= settings["max_leaf"] <= LARGEST_LEAF):
+        raise Refusal(
+            "leaf_range", "min_leaf and max_leaf: expected {least} to {most} px, got {min_leaf} and {max_leaf}.",
+            least=FINEST_PX, most=LARGEST_LEAF, **{name: str(settings[name])[:80] for name in SIDES})
+    if settings["metric"] not in METRICS:
+        raise Refusal("not_offered", "{name}: expected one of {offered}, got {got!r}.", name="metric", offered=", ".join(METRICS), got=settings["metric"][:80])
+    return settings
+
+
+def _check_types(given: dict) -> None:
     for names, kinds, code, kind in (
         (NUMBERS, (int, float), "not_a_number", "a finite number"), (SIDES, (int,), "not_whole", "a whole number"), (TEXTS, (str,), "not_a_text", "a text"),
     ):
@@ -259,14 +302,6 @@ def _checked_settings(given) -> dict:
             value = given.get(name)
             if type(value) not in kinds or (name in NUMBERS and not abs(value) <= sys.float_info.max):
                 raise Refusal(code, "{name}: expected " + kind + ", got {got!r}.", name=name, got=str(value)[:80])
-    settings = {name: given[name] for name in NUMBERS + SIDES + TEXTS}
-    if settings["min_leaf"] < FINEST_PX or settings["max_leaf"] > LARGEST_LEAF:
-        raise Refusal(
-            "leaf_range", "min_leaf and max_leaf: expected {least} to {most} px, got {min_leaf} and {max_leaf}.",
-            least=FINEST_PX, most=LARGEST_LEAF, min_leaf=settings["min_leaf"], max_leaf=settings["max_leaf"])
-    if settings["metric"] not in METRICS:
-        raise Refusal("not_offered", "{name}: expected one of {offered}, got {got!r}.", name="metric", offered=", ".join(METRICS), got=settings["metric"][:80])
-    return settings
 
 
 def _key(cells: CellStatistics, secret: bytes) -> str:

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import math
 import random
 import string
 import time
 import tracemalloc
+import zlib
 
 import torch
 from aiohttp import ClientSession, web
@@ -21,9 +23,12 @@ SETTINGS = {
 JSON = {"Content-Type": "application/json"}
 TAG = "<script>alert(1)</script>&\"'"
 NASTY = [
-    None, True, False, 0, -1, 1, 0.5, 7, 8, 9, 63, 64, 65, 8192, 8193, 10 ** 30, -10 ** 400, 10 ** 400, 1e308, -1e308, 1e-320, math.nan, math.inf, -math.inf, "", "0.4", TAG,
+    None, True, False, 0, -1, 1, 0.5, 7, 8, 9, 63, 64, 65, 8192, 8193, 1 << 63, -1 << 63, 10 ** 30, -10 ** 400, 10 ** 400, 1e308, -1e308, 1e-320, -0.0, math.nan, math.inf, -math.inf, "", "0.4", TAG,
     "../../../../etc/passwd", "file:///etc/passwd", "\x00", "\ud800", "\u202e", "A" * 5000, [], [[]], {}, {"a": TAG}, [1] * 100]
-CODES = {200, 400, 404, 413}
+CODES = {200, 400, 404, 413, 415}
+# How a body is said to be packed, and how it is.
+PACKINGS = [("gzip", gzip.compress), ("deflate", zlib.compress), ("GZip", gzip.compress), ("gzip, identity", gzip.compress), ("identity, gzip", gzip.compress)]
+MANY = b"[" + b"[]," * 1_000_000 + b"[]]"
 
 
 class Host:
@@ -76,6 +81,23 @@ def body(draw: random.Random, key: str) -> bytes:
     return text[:draw.randrange(len(text))] if draw.random() < 0.1 else text
 
 
+def sent_as(draw: random.Random, plain: bytes) -> tuple[dict, object]:
+    """The headers and the data of a request with this body: mostly as it is, sometimes packed, or without its length."""
+    kind = draw.random()
+    if kind < 0.9:
+        return JSON, plain
+    if kind < 0.95:
+        return JSON, in_pieces(plain)
+    name, pack = draw.choice(PACKINGS)
+    return JSON | {"Content-Encoding": name}, pack(draw.choice((plain, MANY)))
+
+
+async def in_pieces(plain: bytes):
+    """A body whose length is not told before."""
+    for start in range(0, len(plain), 1000):
+        yield plain[start:start + 1000]
+
+
 def check_answer(status: int, text: str, kind: str, sent: bytes, others: list[str]) -> None:
     """Raise AssertionError unless it is an answer of ours that gives nothing away."""
     assert status in CODES, (status, sent[:300])
@@ -101,8 +123,9 @@ async def _fuzzed(requests: int, seed: int) -> dict:
         tracemalloc.start()
         for number in range(requests):
             sent = body(draw, keys[0])
+            headers, data = sent_as(draw, sent)
             start = time.monotonic()
-            async with client.post(url, data=sent, headers=JSON) as response:
+            async with client.post(url, data=data, headers=headers) as response:
                 text = await response.text()
             slowest, length = max(slowest, time.monotonic() - start), max(length, len(text))
             check_answer(response.status, text, response.content_type, sent, keys[1:])

@@ -72,6 +72,7 @@ def call(positions: int, *names: str) -> tuple[int, tuple[str, ...]]:
 SEAMS = [
     Seam("comfy.conds.CONDConstant", "conditioning", has="process_cond can_concat concat _copy_with"),
     Seam("comfy.conds.CONDList", "conditioning", has="process_cond can_concat concat _copy_with"),
+    Seam("comfy.conds.CONDCrossAttn", "conditioning", has="can_concat concat"),
     Seam("comfy.conds.CONDRegular", "conditioning", has="process_cond can_concat concat _copy_with"),
     Seam("comfy.conds.CONDRegular.process_cond", "conditioning", call(1, "batch_size", "area")),
     Seam("comfy.conds.CONDRegular._copy_with", "conditioning", call(2)),
@@ -124,7 +125,8 @@ SEAMS = [
     Seam("comfy.patcher_extension.WrappersMP", "foreign tiled_diffusion watch", has="APPLY_MODEL CALC_COND_BATCH DIFFUSION_MODEL OUTER_SAMPLE PREDICT_NOISE PREPARE_SAMPLING SAMPLER_SAMPLE"),
     Seam("comfy.samplers.__file__", "foreign"),
     Seam("comfy.samplers.get_area_and_mult", "conditioning", call(3)),
-    Seam("comfy.samplers.resolve_areas_and_cond_masks_multidim", "prompts", call(3)),
+    Seam("comfy.samplers.CFGGuider.predict_noise", "tiled_diffusion", call(4, "seed")),
+    Seam("comfy.samplers.resolve_areas_and_cond_masks_multidim", "reach", call(3)),
     Seam("comfy.sd.CLIP", "control patches"),
     Seam("comfy.sd.VAE", "control decode patches", has=(
         "decode encode spacial_compression_decode spacial_compression_encode temporal_compression_decode throw_exception_if_invalid vae_output_dtype")),
@@ -135,7 +137,7 @@ SEAMS = [
     Seam("comfy.utils.ProgressBar", "decode", call(1), has="update_absolute"),
     Seam("comfy.utils.ProgressBar.update_absolute", "decode", call(3)),
     Seam("comfy.utils.common_upscale", "canvas masks nodes prompts", call(5)),
-    Seam("comfy.utils.repeat_to_batch_size", "canvas conditioning masks patches sampling_run", call(2)),
+    Seam("comfy.utils.repeat_to_batch_size", "canvas conditioning masks patches sampling_run prompts", call(2)),
     Seam("execution.PromptQueue.get_current_queue_volatile", "wiring", call(1)),
 ]
 
@@ -218,15 +220,17 @@ OPTIONS = {"cond_or_uncond": "patches watch", "sample_sigmas": "patches", "sigma
 
 # Keys of conditionings, of options and of what is called with them, and attributes that only a line gives.
 LINES = [
-    Line("area", "comfy/samplers.py", "conditioning layout prompts", r"""conds(\.get\(|\[)["']area["']"""),
+    Line("start_percent", "nodes.py", "prompts", r'"start_percent": start'),
+    Line("end_percent", "nodes.py", "prompts", r'"end_percent": end'),
+    Line("area", "comfy/samplers.py", "conditioning layout prompts reach", r"""conds(\.get\(|\[)["']area["']"""),
     Line("control", "comfy/samplers.py", "conditioning control layout", r"""conds(\.get\(|\[)["']control["']"""),
     Line("default", "comfy/samplers.py", "conditioning prompts", r"'default' in x"),
     Line("gligen", "comfy/samplers.py", "conditioning layout tiled_diffusion", r"""conds(\.get\(|\[)["']gligen["']"""),
     Line("hooks", "comfy/samplers.py", "conditioning foreign layout tiled_diffusion", r"""conds(\.get\(|\[)["']hooks["']"""),
-    Line("mask", "comfy/samplers.py", "conditioning layout prompts", r"""conds(\.get\(|\[)["']mask["']"""),
-    Line("mask_strength", "comfy/samplers.py", "conditioning prompts", r"""conds(\.get\(|\[)["']mask_strength["']"""),
+    Line("mask", "comfy/samplers.py", "conditioning layout prompts reach", r"""conds(\.get\(|\[)["']mask["']"""),
+    Line("mask_strength", "comfy/samplers.py", "conditioning prompts reach", r"""conds(\.get\(|\[)["']mask_strength["']"""),
     Line("model_conds", "comfy/samplers.py", "conditioning layout model_facts", r"""conds(\.get\(|\[)["']model_conds["']"""),
-    Line("strength", "comfy/samplers.py", "conditioning prompts", r"""conds(\.get\(|\[)["']strength["']"""),
+    Line("strength", "comfy/samplers.py", "conditioning prompts reach", r"""conds(\.get\(|\[)["']strength["']"""),
     Line("timestep_end", "comfy/samplers.py", "conditioning layout prompts", r"""conds(\.get\(|\[)["']timestep_end["']"""),
     Line("timestep_start", "comfy/samplers.py", "conditioning layout prompts", r"""conds(\.get\(|\[)["']timestep_start["']"""),
     Line("uuid", "comfy/samplers.py", "conditioning layout prompts", r"""conds(\.get\(|\[)["']uuid["']"""),

@@ -86,9 +86,9 @@ class Work:
         return batch.cut(self.halve(len(batch.windows)))
 
 
-def one_by_one(pending: deque[Batch], next_batch: Callable[[deque[Batch]], Batch], work: Work, enough: Callable[[], bool] = lambda: False) -> None:
-    """Evaluate batches on the only device, each as many windows as next_batch then takes off; until it is enough."""
-    while pending and not enough():
+def one_by_one(pending: deque[Batch], next_batch: Callable[[deque[Batch]], Batch], work: Work) -> None:
+    """Evaluate batches on the only device, each as many windows as next_batch then takes off."""
+    while pending:
         comfy.model_management.throw_exception_if_processing_interrupted()
         batch = next_batch(pending)
         try:
@@ -135,12 +135,16 @@ class _Answer:
 
 @dataclass(eq=False)
 class Crew:
-    """The devices of one run, and the host's threads for them. The first device is the one that the latent is on."""
+    """The devices of one run, and the host's threads for them. The first device is, as long as it is used, the one that the latent is on."""
 
     pool: object
     devices: list[Device]
+    _own: Device = field(init=False)
     _busy: dict[Device, tuple[Batch, float]] = field(default_factory=dict)
     _answers: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+
+    def __post_init__(self):
+        self._own = self.devices[0]
 
     def run(self, batches: Sequence[Batch], work: Work) -> None:
         """Evaluate all batches. An error or an interrupt ends all; it is raised when every device has come to rest."""
@@ -228,7 +232,7 @@ class Crew:
     def _again(self, answer: _Answer, pending: list[Batch], work: Work) -> list[Batch]:
         """What is left to do with a batch that a device could not evaluate. A device that cannot evaluate any is left out."""
         why = _why_unusable(answer)
-        if why is None or len(self.devices) == 1 or (answer.device is self.devices[0] and not is_out_of_memory(answer.error)):
+        if why is None or len(self.devices) == 1 or (answer.device is self._own and not is_out_of_memory(answer.error)):
             pieces = work.again(answer.batch, answer.error)
             most = max(len(piece.windows) for piece in pieces)  # what was too many here is too many anywhere
             return [piece for batch in pending for piece in batch.cut(most)] + pieces

@@ -18,7 +18,7 @@ import math
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -255,9 +255,9 @@ class _Windows:
             one_by_one(pending, self._next_batch, work)
             return
         self._prepare(conds, pending)
-        # What is learnt of foreign code decides which windows are one batch: first as on one device.
-        first = crew.devices[0].key
-        one_by_one(pending, self._next_batch, replace(work, ask=lambda batch, device: self._ask(batch, first)), enough=lambda: not self.run.watch.is_learning)
+        # What is learnt of foreign code decides which windows are one batch: first as on one device, each when the last is there.
+        while pending and self.run.watch.is_learning:
+            crew.run([self._next_batch(pending)], work)
         batches = []
         while pending:
             batches.append(self._next_batch(pending))

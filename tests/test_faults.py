@@ -19,6 +19,7 @@ from qtd_pack.tiled_diffusion import KEY
 from qtd_pack.utils import Rect
 
 FLUX = "flux_schnell"
+OOM = comfy.model_management.OOM_EXCEPTION
 SMALL = dict(min_window=64, max_window=64, tile_overlap=0)
 
 
@@ -117,6 +118,66 @@ def test_a_device_without_memory_for_one_window_is_left_out_and_the_others_end_t
     assert (out - clean).abs().max() < 1e-3
     assert [line for line in caplog.messages if "left out" in line] == [f"device {device} is left out of this run: it ran out of memory with one window"]
     assert_clean(model, patcher, clean)
+
+
+ONE_WINDOW = "device {} is left out of this run: it ran out of memory with one window"
+
+
+def learning(model):
+    """A patcher with code of another pack on it, of which it is learnt in its first window what it does."""
+    patcher = patched(model, even_tree(1.0), tile_batch_size=1, **SMALL).clone()
+    patcher.set_model_attn1_patch(lambda q, k, v, extra_options: (q, k, v))
+    return patcher
+
+
+@pytest.fixture(scope="module")
+def learnt():
+    """A model on three devices, and what a run on one gives in which foreign code is learnt."""
+    return on_devices(load("sd15"), 3), sample(load("sd15"), learning(load("sd15")))
+
+
+def raised_on(errors):
+    """A fault of devices. errors: by device."""
+    def fault(number, device, x):
+        if device in errors:
+            raise errors[device]
+    return fault
+
+
+@pytest.mark.parametrize("full", [KEYS[:1], KEYS[:2], KEYS[1:2], KEYS[1:3], (KEYS[0], KEYS[2])], ids=lambda keys: " and ".join(map(str, keys)))
+def test_a_device_without_memory_is_left_out_where_foreign_code_is_learnt_and_the_next_one_learns_it(learnt, caplog, full):
+    many, alone = learnt
+    patcher = learning(many)
+    assert torch.equal(sample(many, with_fault(patcher, raised_on({key: OOM("no memory") for key in full}))), alone)
+    assert sorted(line for line in caplog.messages if "left out" in line) == sorted(ONE_WINDOW.format(key) for key in full)
+    assert_clean(many, patcher, alone)
+
+
+def test_where_no_device_has_memory_for_the_window_that_is_learnt_by_the_hosts_error_ends_the_run(learnt, caplog):
+    many, alone = learnt
+    patcher = learning(many)
+    with seen_calls(patcher) as calls, pytest.raises(OOM, match="^no memory on cpu:1$"):
+        sample(many, with_fault(patcher, raised_on({key: OOM(f"no memory on {key}") for key in KEYS[:3]})))
+    assert [call.device for call in calls] == list(KEYS[:3])
+    assert [line for line in caplog.messages if "left out" in line] == [ONE_WINDOW.format(key) for key in KEYS[:2]]
+    assert_clean(many, patcher, alone)
+
+
+@pytest.mark.parametrize("error", [KeyError("size"), RuntimeError("their licence has expired"), comfy.model_management.InterruptProcessingException()], ids=repr)
+def test_what_is_no_lack_of_memory_ends_the_run_where_foreign_code_is_learnt(learnt, caplog, error):
+    many, _ = learnt
+    with pytest.raises(type(error)):
+        sample(many, with_fault(learning(many), raised_on({KEYS[0]: OOM("no memory"), KEYS[1]: error})))
+    assert [line for line in caplog.messages if "left out" in line] == [ONE_WINDOW.format("cpu")]
+
+
+def test_a_device_that_stands_first_since_the_samplers_own_is_left_out_may_be_left_out_too(learnt, caplog):
+    many, alone = learnt
+    elsewhere = RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cuda:1!")
+    out = sample(many, with_fault(learning(many), raised_on({KEYS[0]: OOM("no memory"), KEYS[1]: elsewhere})))
+    assert torch.equal(out, alone)
+    assert [line for line in caplog.messages if "left out" in line] == [
+        ONE_WINDOW.format("cpu"), f"device cpu:0 is left out of this run: something of the model stays on another ({elsewhere})"]
 
 
 STAGES = ("before the first batch", "in a batch", "between batches", "between steps", "in restoring")

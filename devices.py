@@ -237,7 +237,7 @@ class Crew:
             most = max(len(piece.windows) for piece in pieces)  # what was too many here is too many anywhere
             return [piece for batch in pending for piece in batch.cut(most)] + pieces
         self.devices.remove(answer.device)
-        _tell_left_out(answer.device.key, why)
+        tell_left_out(answer.device.key, why)
         return [*pending, answer.batch]
 
 
@@ -288,7 +288,7 @@ def find_crew(model_options: dict) -> Crew | None:
         return None
     for key in pool.devices:
         if key not in clones:
-            _tell_left_out(key, "there is no model on it")
+            tell_left_out(key, "there is no model on it")
     if len(clones) < 2:
         return None
     (first, own), *others = clones.items()
@@ -299,7 +299,7 @@ def find_crew(model_options: dict) -> Crew | None:
         if why is None:
             devices.append(Device(key, _pace(said, key)))
         else:
-            _tell_left_out(key, why)
+            tell_left_out(key, why)
     return Crew(pool, devices) if _why_no_thread(pool, first) is None else None
 
 
@@ -312,40 +312,13 @@ def options_of(model_options: dict, keys: Sequence[torch.device]) -> dict:
     return left | ({"multigpu_clones": clones} if clones else {})
 
 
-def load_where_it_fits(prepare: Callable, patcher):
-    """prepare(), which loads a model onto its devices; those without memory for it are left out of this run."""
-    clones = patcher.get_additional_models_with_key("multigpu") if hasattr(patcher, "get_additional_models_with_key") else []
-    try:
-        return prepare()
-    except Exception as error:
-        if not clones or not is_out_of_memory(error):
-            raise
-    comfy.model_management.soft_empty_cache()
-    fitting = [clone for clone in clones if _fits(clone)]
-    fitting = fitting if len(fitting) < len(clones) else []
-    for clone in clones:
-        if clone not in fitting:
-            _tell_left_out(clone.load_device, "there is no memory for the model")
-    patcher.set_additional_models("multigpu", fitting)
-    try:
-        return prepare()
-    finally:
-        patcher.set_additional_models("multigpu", clones)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """What the host takes for a lack of memory."""
     return isinstance(error, Exception) and comfy.model_management.is_oom(error)
 
 
-def _fits(clone) -> bool:
-    try:
-        comfy.model_management.load_models_gpu([clone])
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
-    return True
+def tell_left_out(key: torch.device, why: str) -> None:
+    log.warning("device %s is left out of this run: %s", key, why)
 
 
 def _pace(said: dict, key: torch.device) -> float:
@@ -382,10 +355,6 @@ def _why_unusable(answer: _Answer) -> str | None:
     if is_out_of_memory(answer.error) and len(answer.batch.windows) == 1:
         return "it ran out of memory with one window"
     return f"something of the model stays on another ({answer.error})" if isinstance(answer.error, RuntimeError) and ELSEWHERE.search(str(answer.error)) else None
-
-
-def _tell_left_out(key: torch.device, why: str) -> None:
-    log.warning("device %s is left out of this run: %s", key, why)
 
 
 def _wait_for(key: torch.device) -> None:

@@ -28,8 +28,9 @@ import comfy.patcher_extension
 from .blending import Blend
 from .canvas import Canvas
 from .conditioning import cut_conds, kind_of_window
-from .devices import Batch, Crew, Work, evened, find_crew, is_out_of_memory, load_where_it_fits, one_by_one, options_of
+from .devices import Batch, Crew, Work, evened, find_crew, is_out_of_memory, one_by_one, options_of
 from .layout import Look, follow, hindrance, hold_of, look_at
+from .loading import load_where_it_fits
 from .model_facts import fills_devices, windows_that_fill, windows_that_fit
 from .outcome import concluded
 from .patches import apply_model, home_of_patches, windows_are_alone, with_windows

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import threading
 import time
 
@@ -318,19 +319,46 @@ def test_a_device_whose_thread_cannot_use_it_is_left_out_with_one_line(over, mon
     assert left_out(caplog) == ["device cpu:0 is left out of this run: its thread failed (no such device)"]
 
 
-def test_a_device_without_memory_for_the_model_is_left_out_with_one_line(over, monkeypatch, caplog):
-    load_models = comfy.model_management.load_models_gpu
+def with_loads(monkeypatch, error_of) -> None:
+    """Let each load of the host raise error_of(its devices, its number from 1), if that is an error."""
+    load_models, numbers = comfy.model_management.load_models_gpu, itertools.count(1)
 
-    def full(models, *args, **kwargs):
-        if any(model.load_device == KEYS[1] for model in models):
-            raise comfy.model_management.OOM_EXCEPTION("no memory for this model")
+    def loaded(models, *args, **kwargs):
+        error = error_of({model.load_device for model in models}, next(numbers))
+        if error is not None:
+            raise error
         return load_models(models, *args, **kwargs)
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", full)
-    many = over("flux_schnell", 3)
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", loaded)
+
+
+def no_memory() -> Exception:
+    return comfy.model_management.OOM_EXCEPTION("no memory for this model")
+
+
+@pytest.mark.parametrize("full, used", [
+    (lambda on, number: KEYS[1] in on, ["cpu", "cpu:1", "cpu:2"]), (lambda on, number: KEYS[3] in on, ["cpu", "cpu:0", "cpu:1"]),
+    (lambda on, number: KEYS[1] in on or KEYS[3] in on, ["cpu", "cpu:1"]), (lambda on, number: on & set(KEYS[1:]), ["cpu"]),
+    (lambda on, number: number == 2, ["cpu", "cpu:0", "cpu:1", "cpu:2"]), (lambda on, number: KEYS[2] in on and len(on) > 1, ["cpu", "cpu:0", "cpu:2"])],
+    ids=["the second", "the last", "two", "all but the sampler's own", "any, the first time", "one beside others"])
+def test_devices_without_memory_for_the_model_and_no_others_are_left_out_with_one_line(over, monkeypatch, caplog, full, used):
+    many = over("flux_schnell", 4)
+    with_loads(monkeypatch, lambda on, number: no_memory() if full(on, number) else None)  # the first load is that of the run on one device
     one, several, calls = on_one_and_several(load("flux_schnell"), many, striped_tree(0.5, 1.0))
-    assert torch.equal(one, several) and counted(calls).keys() == {"cpu", "cpu:1"}
-    assert left_out(caplog) == ["device cpu:0 is left out of this run: there is no memory for the model"]
-    assert len(many.patcher.get_additional_models_with_key("multigpu")) == 2
+    assert torch.equal(one, several) and (sorted(counted(calls)) == used or len(used) == 1 and counted(calls).keys() == {"None"})
+    assert left_out(caplog) == [f"device {key} is left out of this run: there is no memory for the model" for key in KEYS[:4] if str(key) not in used]
+    assert [clone.load_device for clone in many.patcher.get_additional_models_with_key("multigpu")] == list(KEYS[1:4])
+
+
+@pytest.mark.parametrize("full", [lambda on, number: True, lambda on, number: number == 1 or number > 2], ids=["always", "once another device came"])
+def test_without_memory_on_the_samplers_own_device_the_hosts_error_ends_the_run_and_no_other_device_is_blamed(over, monkeypatch, caplog, full):
+    many = over("flux_schnell", 3)
+    patcher = patched(many, striped_tree(0.5, 1.0), tile_batch_size=1)
+    clean = sampled(many, patcher)
+    with monkeypatch.context() as patch, pytest.raises(comfy.model_management.OOM_EXCEPTION, match="no memory for this model"):
+        with_loads(patch, lambda on, number: no_memory() if KEYS[0] in on and full(on, number) else None)
+        sampled(many, patcher)
+    assert left_out(caplog) == []
+    assert torch.equal(sampled(many, patcher), clean)
 
 
 def on_device(options) -> torch.device | None:

@@ -97,10 +97,10 @@ SEAMS = [
     Seam("comfy.model_management.cuda_device_context", "decode", call(1), optional=True),
     Seam("comfy.model_management.get_free_memory", "model_facts piecewise", call(1)),
     Seam("comfy.model_management.is_oom", "devices", call(1)),
-    Seam("comfy.model_management.load_models_gpu", "control decode devices", call(1, "memory_required", "force_full_load")),
+    Seam("comfy.model_management.load_models_gpu", "control decode", call(1, "memory_required", "force_full_load")),
     Seam("comfy.model_management.loaded_models", "control", call(0, "only_currently_used")),
     Seam("comfy.model_management.raise_non_oom", "decode piecewise", call(1)),
-    Seam("comfy.model_management.soft_empty_cache", "decode devices piecewise tiled_diffusion", call(0)),
+    Seam("comfy.model_management.soft_empty_cache", "decode loading piecewise tiled_diffusion", call(0)),
     Seam("comfy.model_management.throw_exception_if_processing_interrupted", "devices piecewise", call(0)),
     Seam("comfy.model_patcher.ModelPatcher", "control patches", has="clone add_wrapper_with_key remove_wrappers_with_key get_free_memory"),
     Seam("comfy.model_patcher.ModelPatcher.add_wrapper_with_key", "tiled_diffusion", call(4)),
@@ -108,8 +108,8 @@ SEAMS = [
     Seam("comfy.model_base.BaseModel.memory_required", "model_facts", call(2, "cond_shapes")),
     Seam("comfy.model_base.BaseModel.extra_conds", "conditioning", call(1, "noise", "device", "area")),
     Seam("comfy.model_base.BaseModel.process_latent_in", "outcome sampling_run", call(2)),
-    Seam("comfy.model_patcher.ModelPatcher.get_additional_models_with_key", "devices", call(2)),
-    Seam("comfy.model_patcher.ModelPatcher.set_additional_models", "devices", call(3)),
+    Seam("comfy.model_patcher.ModelPatcher.get_additional_models_with_key", "loading", call(2)),
+    Seam("comfy.model_patcher.ModelPatcher.set_additional_models", "loading", call(3)),
     Seam("comfy.model_sampling.CONST.noise_scaling", "layout", call(4)),
     Seam("comfy.model_sampling.COSMOS_RFLOW.noise_scaling", "layout", call(4)),
     Seam("comfy.model_sampling.EDM.noise_scaling", "layout", call(4)),
@@ -158,8 +158,8 @@ def area_of_cond():
 # What is used of the host's objects: what the object is, how a test gets one, and by name of the attribute the files that use it.
 OBJECTS = {
     "a loaded model's patcher": (lambda: load("flux_dev").patcher, {
-        "get_additional_models_with_key": "devices", "injections": "foreign", "load_device": "devices", "model": "devices model_facts tiled_diffusion", "model_options": "model_facts tiled_diffusion",
-        "object_patches": "foreign", "prepare_hook_patches_current_keyframe": "tiled_diffusion", "set_additional_models": "devices", "wrappers": "tiled_diffusion"}),
+        "get_additional_models_with_key": "loading", "injections": "foreign", "load_device": "loading", "model": "devices model_facts tiled_diffusion", "model_options": "model_facts tiled_diffusion",
+        "object_patches": "foreign", "prepare_hook_patches_current_keyframe": "tiled_diffusion", "set_additional_models": "loading", "wrappers": "tiled_diffusion"}),
     "a model": (lambda: load("flux_dev").patcher.model, {
         "current_patcher": "model_facts tiled_diffusion", "diffusion_model": "conditioning model_facts", "latent_format": "masks model_facts sampling_run tiled_diffusion",
         "memory_required": "model_facts", "model_sampling": "layout", "process_latent_in": "outcome sampling_run"}),

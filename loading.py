@@ -1,0 +1,58 @@
+"""Onto which devices of a run is its model loaded?
+
+The host loads it onto all of them in one call, and its error does not say which device it is about. So after one the own
+device comes alone, and then one more after another: a device is only blamed for a load that went well without it.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import comfy.model_management
+
+from .devices import is_out_of_memory, tell_left_out
+
+
+def load_where_it_fits(prepare: Callable, patcher):
+    """prepare(), which loads a model onto its devices; those without memory for it are left out of this run.
+
+    Raises the error of the own device, that of the patcher, and any that is not about a device.
+    """
+    clones = patcher.get_additional_models_with_key("multigpu") if hasattr(patcher, "get_additional_models_with_key") else []
+    if not clones:
+        return prepare()
+    found, why = _attempt(prepare)
+    if why is None:
+        return found
+    try:
+        return _load_in_turn(prepare, patcher, clones)
+    finally:
+        patcher.set_additional_models("multigpu", clones)
+
+
+def _load_in_turn(prepare: Callable, patcher, clones: Sequence):
+    patcher.set_additional_models("multigpu", [])
+    found = prepare()
+    for clone in clones:
+        used = patcher.get_additional_models_with_key("multigpu")
+        patcher.set_additional_models("multigpu", [*used, clone])
+        more, why = _attempt(prepare)
+        if why is None:
+            found = more
+            continue
+        # Where a load fails, the host forgets the models that it was still to come to.
+        patcher.set_additional_models("multigpu", used)
+        found = prepare()
+        tell_left_out(clone.load_device, why)
+    return found
+
+
+def _attempt(prepare: Callable) -> tuple[object, str | None]:
+    """What prepare() gives, or why it failed if that may be on account of a device."""
+    try:
+        return prepare(), None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    # Not above, where the error holds what has been loaded.
+    comfy.model_management.soft_empty_cache()
+    return None, "there is no memory for the model"

@@ -317,6 +317,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, Exception) and comfy.model_management.is_oom(error)
 
 
+def line_of(error: BaseException) -> str:
+    """What an error says first: of CUDA's, lines of advice follow."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def tell_left_out(key: torch.device, why: str) -> None:
     log.warning("device %s is left out of this run: %s", key, why)
 
@@ -346,7 +351,7 @@ def _why_no_thread(pool, key: torch.device) -> str | None:
         return "the host has no thread for it"
     pool.submit(key, int)
     error = pool.get_result(key)[1]
-    return None if error is None else f"its thread failed ({error})"
+    return None if error is None else f"its thread failed ({line_of(error)})"
 
 
 def _why_unusable(answer: _Answer) -> str | None:
@@ -354,7 +359,7 @@ def _why_unusable(answer: _Answer) -> str | None:
         return None
     if is_out_of_memory(answer.error) and len(answer.batch.windows) == 1:
         return "it ran out of memory with one window"
-    return f"something of the model stays on another ({answer.error})" if isinstance(answer.error, RuntimeError) and ELSEWHERE.search(str(answer.error)) else None
+    return f"something of the model stays on another ({line_of(answer.error)})" if isinstance(answer.error, RuntimeError) and ELSEWHERE.search(str(answer.error)) else None
 
 
 def _wait_for(key: torch.device) -> None:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 
 import comfy.model_management
 
-from .devices import is_out_of_memory, tell_left_out
+from .devices import is_out_of_memory, line_of, tell_left_out
 
 
 def load_where_it_fits(prepare: Callable, patcher):
-    """prepare(), which loads a model onto its devices; those without memory for it are left out of this run.
+    """prepare(), which loads a model onto its devices; those that it cannot be loaded onto are left out of this run.
 
     Raises the error of the own device, that of the patcher, and any that is not about a device.
     """
@@ -51,8 +51,12 @@ def _attempt(prepare: Callable) -> tuple[object, str | None]:
     try:
         return prepare(), None
     except Exception as error:
-        if not is_out_of_memory(error):
+        full, why = is_out_of_memory(error), f"the model cannot be loaded onto it ({line_of(error)})"
+        # Torch raises the latter for a device that there is not.
+        if not full and not isinstance(error, (RuntimeError, AssertionError)):
             raise
+    if not full:
+        return None, why
     # Not above, where the error holds what has been loaded.
     comfy.model_management.soft_empty_cache()
     return None, "there is no memory for the model"

@@ -361,6 +361,46 @@ def test_without_memory_on_the_samplers_own_device_the_hosts_error_ends_the_run_
     assert torch.equal(sampled(many, patcher), clean)
 
 
+class Stop(BaseException):
+    """What no code that catches exceptions catches."""
+
+
+ORDINAL = "CUDA error: invalid device ordinal\nCUDA kernel errors might be asynchronously reported at some other API call."
+
+
+@pytest.mark.parametrize("error, why", [
+    (RuntimeError(ORDINAL), "CUDA error: invalid device ordinal"), (AssertionError("Invalid device id"), "Invalid device id"), (AssertionError(), "AssertionError")])
+@pytest.mark.parametrize("broken", [KEYS[1:2], KEYS[2:3], KEYS[1:3]], ids=lambda keys: " and ".join(map(str, keys)))
+def test_devices_that_the_model_cannot_be_loaded_onto_are_left_out_with_one_line(over, monkeypatch, caplog, broken, error, why):
+    with_loads(monkeypatch, lambda on, number: error if on & set(broken) else None)
+    one, several, calls = on_one_and_several(load("flux_schnell"), over("flux_schnell", 4), striped_tree(0.5, 1.0))
+    assert torch.equal(one, several) and counted(calls).keys() == {str(key) for key in KEYS[:4] if key not in broken}
+    assert left_out(caplog) == [f"device {key} is left out of this run: the model cannot be loaded onto it ({why})" for key in broken]
+
+
+def test_one_device_without_memory_and_a_broken_one_are_each_told_their_own_reason(over, monkeypatch, caplog):
+    with_loads(monkeypatch, lambda on, number: no_memory() if KEYS[2] in on else RuntimeError(ORDINAL) if KEYS[1] in on else None)
+    one, several, calls = on_one_and_several(load("flux_schnell"), over("flux_schnell", 4), striped_tree(0.5, 1.0))
+    assert torch.equal(one, several) and counted(calls).keys() == {"cpu", "cpu:2"}
+    assert left_out(caplog) == [
+        "device cpu:0 is left out of this run: the model cannot be loaded onto it (CUDA error: invalid device ordinal)",
+        "device cpu:1 is left out of this run: there is no memory for the model"]
+
+
+@pytest.mark.parametrize("error, device", [
+    (RuntimeError("CUDA error: unspecified launch failure"), KEYS[0]), (KeyError("size"), KEYS[1]), (ValueError("no such weights"), KEYS[2]),
+    (comfy.model_management.InterruptProcessingException(), KEYS[1]), (Stop(), KEYS[2])], ids=["at home", "a key", "a value", "an interrupt", "a stop"])
+def test_what_fails_in_loading_and_is_not_another_devices_fault_ends_the_run(over, monkeypatch, caplog, error, device):
+    many = over("flux_schnell", 3)
+    patcher = patched(many, striped_tree(0.5, 1.0), tile_batch_size=1)
+    clean = sampled(many, patcher)
+    with monkeypatch.context() as patch, pytest.raises(type(error)) as raised:
+        with_loads(patch, lambda on, number: error if device in on else None)
+        sampled(many, patcher)
+    assert raised.value is error and left_out(caplog) == []
+    assert torch.equal(sampled(many, patcher), clean)
+
+
 def on_device(options) -> torch.device | None:
     return next(value for value in options if isinstance(value, dict) and "cond_or_uncond" in value).get("multigpu_thread_device")
 
@@ -385,10 +425,6 @@ def test_a_device_that_a_part_of_the_model_never_came_to_is_left_out_with_one_li
     out = sampled(many, failing_on(patched(many, tree, tile_batch_size=1), KEYS[2], error))
     assert torch.equal(out, sampled(model, patched(model, tree, tile_batch_size=1)))
     assert left_out(caplog) == [f"device cpu:1 is left out of this run: something of the model stays on another ({error})"]
-
-
-class Stop(BaseException):
-    """What no code that catches exceptions catches."""
 
 
 @pytest.mark.parametrize("error, device", [

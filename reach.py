@@ -35,7 +35,8 @@ def own_reach(entry: dict, canvas: Canvas) -> torch.Tensor | None:
 def region_reach(entry: dict, canvas: Canvas) -> torch.Tensor:
     """How much of each cell is its region's, as far as the entry says something of it."""
     own = own_reach(entry, canvas)
-    region = _units(in_cells(entry[REGION]["region"], canvas), 1.0, {"strength": entry.get("strength", 1.0)}, canvas)
+    alone = own is None and entry.get("mask") is not None  # then its mask is the region's
+    region = _units(entry["mask"] if alone else in_cells(entry[REGION]["region"], canvas), 1.0, {"strength": entry.get("strength", 1.0)}, canvas)
     if own is None:
         return region
     region, own = of_as_many(region, own)
@@ -44,20 +45,33 @@ def region_reach(entry: dict, canvas: Canvas) -> torch.Tensor:
 
 def own_mask(entry: dict, canvas: Canvas) -> tuple[torch.Tensor | None, float]:
     """The mask in cells that an entry of a region has of its own, and its strength: the one that it came with, or one that replaced the region's."""
-    mark, mask = entry[REGION], entry.get("mask")
-    if mask is None or not torch.equal(in_cells(mark["placed"], canvas), mask):
-        return mask, entry.get("mask_strength", 1.0)
+    mark = entry[REGION]
+    if _is_replaced(entry, canvas):
+        return entry.get("mask"), entry.get("mask_strength", 1.0)
     return None if mark["mask"] is None else in_cells(mark["mask"], canvas), mark["mask_strength"]
+
+
+def _is_replaced(entry: dict, canvas: Canvas) -> bool:
+    """Whether a node has set another mask after the regions' own, or taken it away."""
+    placed, mask = entry[REGION]["placed"], entry.get("mask")
+    key = "is replaced", id(placed), id(mask)
+    if key not in canvas.prepared:
+        canvas.prepared[key] = placed, mask, mask is None or not torch.equal(_scaled(placed, canvas), mask)
+    return canvas.prepared[key][-1]
 
 
 def in_cells(mask: torch.Tensor, canvas: Canvas) -> torch.Tensor:
     """A mask as the host scales it to the latent, on its device; made once in a run."""
     key = "mask in cells", id(mask)
     if key not in canvas.prepared:
-        resolved = [{"mask": mask}]
-        comfy.samplers.resolve_areas_and_cond_masks_multidim(resolved, canvas.shape[2:], canvas.device)
-        canvas.prepared[key] = mask, resolved[0]["mask"]
+        canvas.prepared[key] = mask, _scaled(mask, canvas)
     return canvas.prepared[key][1]
+
+
+def _scaled(mask: torch.Tensor, canvas: Canvas) -> torch.Tensor:
+    resolved = [{"mask": mask}]
+    comfy.samplers.resolve_areas_and_cond_masks_multidim(resolved, canvas.shape[2:], canvas.device)
+    return resolved[0]["mask"]
 
 
 def _units(mask: torch.Tensor | None, strength: float, entry: dict, canvas: Canvas) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 import comfy.utils
 
 from .canvas import Canvas
-from .reach import REGION, UNIT, in_cells, of_as_many, own_mask, own_reach, reach_of, region_reach, sums
+from .reach import REGION, UNIT, in_cells, is_of_region, of_as_many, own_mask, own_reach, reach_of, region_reach, sums
 from .utils import Rect
 
 # Two regions cover equally much if they differ by no more than arithmetic leaves of a share.
@@ -155,12 +155,12 @@ def _choices(entries: list[dict], rects: Sequence[Rect], active: torch.Tensor, i
     says = [sums(reach_of(entry, canvas).sum(0) * active, rects) if _is_placed(entry) else [1] * len(rects) for entry in entries]
     members: dict[Hashable, dict[int, dict]] = {}
     for index, (entry, on) in enumerate(zip(entries, is_on)):
-        if REGION in entry and on:
+        if is_of_region(entry) and on:
             members.setdefault(entry[REGION]["set"], {})[index] = entry
     parts = {index: of_windows for of_set in members.values() for index, of_windows in _parts_of_set(of_set, rects, active, canvas).items()}
     found: list[Choice] = []
     for window in range(len(rects)):
-        of_window = [(index, parts[index][window] if index in parts else () if REGION in entry else None) for index, entry in enumerate(entries)]
+        of_window = [(index, parts[index][window] if index in parts else () if is_of_region(entry) else None) for index, entry in enumerate(entries)]
         found.append([(index, part) for index, part in of_window if (any(part) if part is not None else says[index][window])])
     return found
 

@@ -21,6 +21,11 @@ REGION = "quadtree_region"
 UNIT = 2 ** -20
 
 
+def is_of_region(entry: dict) -> bool:
+    """Whether an entry is one of a region, and none that has lost its mask."""
+    return REGION in entry and "mask" in entry
+
+
 def reach_of(entry: dict, canvas: Canvas) -> torch.Tensor:
     """How much an entry says of each cell, (images, height, width)."""
     return _units(entry.get("mask"), entry.get("mask_strength", 1.0), entry, canvas)
@@ -35,8 +40,9 @@ def own_reach(entry: dict, canvas: Canvas) -> torch.Tensor | None:
 def region_reach(entry: dict, canvas: Canvas) -> torch.Tensor:
     """How much of each cell is its region's, as far as the entry says something of it."""
     own = own_reach(entry, canvas)
-    alone = own is None and entry.get("mask") is not None  # then its mask is the region's
-    region = _units(entry["mask"] if alone else in_cells(entry[REGION]["region"], canvas), 1.0, {"strength": entry.get("strength", 1.0)}, canvas)
+    # Without one of its own, its mask is the region's.
+    mask = entry["mask"] if own is None else in_cells(entry[REGION]["region"], canvas)
+    region = _units(mask, 1.0, {"strength": entry.get("strength", 1.0)}, canvas)
     if own is None:
         return region
     region, own = of_as_many(region, own)
@@ -47,16 +53,16 @@ def own_mask(entry: dict, canvas: Canvas) -> tuple[torch.Tensor | None, float]:
     """The mask in cells that an entry of a region has of its own, and its strength: the one that it came with, or one that replaced the region's."""
     mark = entry[REGION]
     if _is_replaced(entry, canvas):
-        return entry.get("mask"), entry.get("mask_strength", 1.0)
+        return entry["mask"], entry.get("mask_strength", 1.0)
     return None if mark["mask"] is None else in_cells(mark["mask"], canvas), mark["mask_strength"]
 
 
 def _is_replaced(entry: dict, canvas: Canvas) -> bool:
-    """Whether a node has set another mask after the regions' own, or taken it away."""
-    placed, mask = entry[REGION]["placed"], entry.get("mask")
+    """Whether a node has set another mask after the regions' own."""
+    placed, mask = entry[REGION]["placed"], entry["mask"]
     key = "is replaced", id(placed), id(mask)
     if key not in canvas.prepared:
-        canvas.prepared[key] = placed, mask, mask is None or not torch.equal(_scaled(placed, canvas), mask)
+        canvas.prepared[key] = placed, mask, not torch.equal(_scaled(placed, canvas), mask)
     return canvas.prepared[key][-1]
 
 

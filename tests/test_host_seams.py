@@ -264,7 +264,7 @@ LINES = [
     Line("latent_shape", "comfy_extras/nodes_lt.py", "conditioning"),
     Line("pixel_mask", "comfy_extras/nodes_lt.py", "conditioning"),
     Line("pre_filter_count", "comfy_extras/nodes_lt.py", "conditioning"),
-    Line("multigpu", "comfy/model_patcher.py", "devices", r"""get_additional_models_with_key\("multigpu"\)""", since="0.24.1"),
+    Line("multigpu", "comfy/model_patcher.py", "loading", r"""get_additional_models_with_key\("multigpu"\)""", since="0.24.1"),
     Line("multigpu_clones", "comfy/sampler_helpers.py", "devices tiled_diffusion", r"""model_options\["multigpu_clones"\] = """, since="0.24.1"),
     Line("multigpu_options", "comfy/multigpu.py", "devices", r"model_options\['multigpu_options'\] = ", since="0.24.1"),
     Line("relative_speed", "comfy/multigpu.py", "devices", r""""relative_speed": self\.relative_speed""", since="0.24.1"),

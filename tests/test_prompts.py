@@ -20,6 +20,7 @@ from tiny_models import TOKENS, drawer, load, with_prediction
 from qtd_pack import conditioning
 from qtd_pack.prompts import is_on, region_conditioning
 from qtd_pack.quadtree import Leaf, Quadtree
+from qtd_pack.reach import REGION
 from qtd_pack.regions import plan_regions, region_masks
 from qtd_pack.tiled_diffusion import TiledDiffusion
 from qtd_pack.utils import Rect
@@ -522,3 +523,20 @@ def test_a_prompt_that_is_left_out_is_told(empty, line, caplog):
     masks = [mask * (number not in empty) for number, mask in enumerate(columns(8, 8, 8, height=8), 1)]
     regional(masks, True)
     assert [record.message for record in caplog.records] == [f"Quadtree Region Prompts: {line}"]
+
+
+def test_a_region_whose_mask_was_taken_away_or_whose_strength_is_0():
+    """Without a mask it is a prompt like any other, and means the whole picture; with a strength of 0 it says nothing."""
+    positive = regional(columns(256, 256, height=SIDE), True)
+    without = [[tokens, {key: value for key, value in extras.items() if key != "mask"}] for tokens, extras in positive]
+    assert torch.allclose(sampled(without)[0], torch.tensor((0.5 + 1 + 2) / 3))
+    one_without = [without[1] if extras[REGION]["number"] == 1 else [tokens, extras] for tokens, extras in positive]
+    assert torch.allclose(sampled(one_without)[0][..., :32], torch.tensor((0.5 + 1) / 2)) and torch.allclose(sampled(one_without)[0][..., 34:], torch.tensor((1 + 2) / 2))
+    silent = [[tokens, extras | {"strength": 0.0}] if extras[REGION]["number"] == 2 else [tokens, extras] for tokens, extras in positive]
+    assert sampled(silent)[0].unique().tolist() == [0.5, 1.0]
+
+
+def test_a_prompts_own_masks_for_other_pictures_than_the_regions_are_refused():
+    own = ConditioningSetMask().append(prompt(1.0), torch.ones(2, 64, 64), "default", 1.0)[0]
+    with pytest.raises(ValueError, match="regions: the prompt of region 1 has a mask for 2 pictures of a batch, where `masks` are for 3"):
+        region_conditioning(prompt(0.5), [own], [torch.ones(3, 64, 64)], per_window=True, share=0.0)

@@ -255,6 +255,7 @@ class _Windows:
         if crew is None:
             one_by_one(pending, self._next_batch, work)
             return
+        self._forget_left_out(crew)
         self._prepare(conds, pending)
         # What is learnt of foreign code decides which windows are one batch: first as on one device, each when the last is there.
         while pending and self.run.watch.is_learning:
@@ -268,6 +269,12 @@ class _Windows:
         if not self.run.settings.tile_batch_size and not self.run.watch.counts_rows:
             batches = evened(batches, len(crew.devices), lambda batch: windows_that_fill(batch.windows[0].rect, self.model, self.x))
         crew.run(batches, work)
+
+    def _forget_left_out(self, crew: Crew) -> None:
+        """Drop the copies of patches on devices that are left out, or windows that have another home since would be taken for theirs."""
+        used = {device.key for device in crew.devices}
+        for key in [key for key in self.canvas.copies if key[0] == "patches" and key[2] not in used]:
+            del self.canvas.copies[key]
 
     def follow_layout(self, crew: Crew | None, conds, original: torch.Tensor, active: torch.Tensor) -> None:
         """Lead the totals to one look at the whole picture."""

@@ -232,16 +232,25 @@ class Counting:
         return q * (1 + 0.3 * self.calls * float(self.mask.mean())), k, v
 
 
-def test_what_counts_its_calls_goes_on_counting_on_the_device_where_its_window_is(over):
-    mask = (tiny_controls.picture(SIDE_PX, SIDE_PX)[..., 0] > 0.5).float()
+def with_counting(patcher):
+    patcher = patcher.clone()
+    patcher.set_model_attn1_patch(Counting((tiny_controls.picture(SIDE_PX, SIDE_PX)[..., 0] > 0.5).float()))
+    return patcher
 
-    def put(patcher):
-        patcher = patcher.clone()
-        patcher.set_model_attn1_patch(Counting(mask))
-        return patcher
+
+def test_what_counts_its_calls_goes_on_counting_on_the_device_where_its_window_is(over):
     model, many, settings = load("sd15"), over("sd15"), SMALL["sd15"]
-    one, several, calls = on_one_and_several(model, many, striped_tree(0.5, 1.0, leaf=128), prepare=put, steps=4, settings=settings)
+    one, several, calls = on_one_and_several(model, many, striped_tree(0.5, 1.0, leaf=128), prepare=with_counting, steps=4, settings=settings)
     assert torch.equal(one, several) and len(counted(calls)) == 2
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 3, 4])
+def test_what_counts_its_calls_goes_on_counting_where_the_device_of_its_window_is_left_out(over, first):
+    """Which device a window goes to depends on time: so from a few of their calls on, one of them more than once."""
+    model, many, settings, tree = load("sd15"), over("sd15", 3), SMALL["sd15"] | {"tile_batch_size": 1}, striped_tree(0.5, 1.0, leaf=128)
+    one = sampled(model, with_counting(patched(model, tree, **settings)), steps=4)
+    patcher = failing_on(with_counting(patched(many, tree, **settings)), KEYS[0], no_memory(), first=first)
+    assert torch.equal(sampled(many, failing_on(patcher, KEYS[2], no_memory(), first=4), steps=4), one)
 
 
 @pytest.mark.parametrize("window", [dict(min_window=1024, max_window=1024), dict(min_window=256, max_window=256)], ids=["the whole", "a half"])

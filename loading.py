@@ -12,10 +12,11 @@ import comfy.model_management
 from .devices import is_out_of_memory, line_of, tell_left_out
 
 
-def load_where_it_fits(prepare: Callable, patcher):
+def load_where_it_fits(prepare: Callable, patcher, conds: dict[str, list[dict]]):
     """prepare(), which loads a model onto its devices; those that it cannot be loaded onto are left out of this run.
 
-    Raises the error of the own device, that of the patcher, and any that is not about a device.
+    conds: by name, the conditionings whose controls are loaded with it. Raises the error of the own device, that of the patcher,
+    and any that is not about a device.
     """
     clones = patcher.get_additional_models_with_key("multigpu") if hasattr(patcher, "get_additional_models_with_key") else []
     if not clones:
@@ -24,26 +25,37 @@ def load_where_it_fits(prepare: Callable, patcher):
     if why is None:
         return found
     try:
-        return _load_in_turn(prepare, patcher, clones)
+        return _load_in_turn(prepare, patcher, clones, conds)
     finally:
         patcher.set_additional_models("multigpu", clones)
 
 
-def _load_in_turn(prepare: Callable, patcher, clones: Sequence):
-    patcher.set_additional_models("multigpu", [])
+def _load_in_turn(prepare: Callable, patcher, clones: Sequence, conds: dict[str, list[dict]]):
+    _use(patcher, [], conds)
     found = prepare()
     for clone in clones:
         used = patcher.get_additional_models_with_key("multigpu")
-        patcher.set_additional_models("multigpu", [*used, clone])
+        _use(patcher, [*used, clone], conds)
         more, why = _attempt(prepare)
         if why is None:
             found = more
             continue
         # Where a load fails, the host forgets the models that it was still to come to.
-        patcher.set_additional_models("multigpu", used)
+        _use(patcher, used, conds)
         found = prepare()
         tell_left_out(clone.load_device, why)
     return found
+
+
+def _use(patcher, clones: Sequence, conds: dict[str, list[dict]]) -> None:
+    """Let the next load be onto the devices of these clones, and no control onto others, on which the host has made copies of it."""
+    patcher.set_additional_models("multigpu", clones)
+    keys = {clone.load_device for clone in clones}
+    controls = [entry["control"] for entries in conds.values() for entry in entries if entry.get("control") is not None]
+    for control in controls:
+        if control.previous_controlnet is not None:
+            controls.append(control.previous_controlnet)
+        control.multigpu_clones = {key: copy for key, copy in control.multigpu_clones.items() if key in keys}
 
 
 def _attempt(prepare: Callable) -> tuple[object, str | None]:

@@ -107,7 +107,7 @@ class TiledDiffusion(Settings):
         height, width = sizes.shape(sizes.sides[-1], *noise_shape[-2:])
         shape = [noise_shape[0] * max(self.tile_batch_size, 1), *noise_shape[1:-2], height, width]
         shape = min(shape, list(noise_shape), key=math.prod)
-        return load_where_it_fits(lambda: executor(model, shape, conds, *args, **kwargs), model)
+        return load_where_it_fits(lambda: executor(model, shape, conds, *args, **kwargs), model, conds)
 
 
 def _put_in_place(wrappers: dict) -> None:

@@ -387,6 +387,17 @@ def test_devices_that_the_model_cannot_be_loaded_onto_are_left_out_with_one_line
     assert left_out(caplog) == [f"device {key} is left out of this run: the model cannot be loaded onto it ({why})" for key in broken]
 
 
+@pytest.mark.parametrize("make, vae", [(tiny_controls.sd15_controlnet, None), (tiny_controls.t2i_adapter, None)], ids=["ControlNet", "T2I adapter"])
+def test_controls_do_not_go_onto_a_device_that_the_model_cannot_be_loaded_onto(over, monkeypatch, caplog, make, vae):
+    model, settings = load("sd15"), SMALL["sd15"] | dict(tile_batch_size=1)
+    conds = conds_with_control(model, make)
+    conds = ControlNetApplyAdvanced().apply_controlnet(*conds, make(), tiny_controls.picture(SIDE_PX, SIDE_PX), 0.5, 0.0, 1.0)
+    with_loads(monkeypatch, lambda on, number: RuntimeError(ORDINAL) if KEYS[1] in on else None)
+    one, several, calls = on_one_and_several(model, over("sd15", 3), striped_tree(0.5, 1.0), conds=conds, settings=settings)
+    assert torch.equal(one, several) and counted(calls).keys() == {"cpu", "cpu:1"}
+    assert left_out(caplog) == ["device cpu:0 is left out of this run: the model cannot be loaded onto it (CUDA error: invalid device ordinal)"]
+
+
 def test_one_device_without_memory_and_a_broken_one_are_each_told_their_own_reason(over, monkeypatch, caplog):
     with_loads(monkeypatch, lambda on, number: no_memory() if KEYS[2] in on else RuntimeError(ORDINAL) if KEYS[1] in on else None)
     one, several, calls = on_one_and_several(load("flux_schnell"), over("flux_schnell", 4), striped_tree(0.5, 1.0))

@@ -172,7 +172,7 @@ OBJECTS = {
     "Qwen-Image's network": (lambda: load("qwen_image").patcher.model.diffusion_model, {"inner_dim": "model_facts", "patch_size": "model_facts"}),
     "a ControlNet": (tiny_controls.sd15_controlnet, {
         "compression_ratio": "control", "cond_hint": "control", "cond_hint_original": "control", "extra_concat": "control", "extra_concat_orig": "control", "latent_format": "control",
-        "preprocess_image": "control", "previous_controlnet": "control", "upscale_algorithm": "control", "vae": "control"}),
+        "preprocess_image": "control", "previous_controlnet": "control loading", "upscale_algorithm": "control", "vae": "control"}),
     "a T2I adapter": (tiny_controls.t2i_adapter, {"control_input": "control", "t2i_model": "control"}),
     "a T2I adapter's network": (lambda: tiny_controls.t2i_adapter().t2i_model, {"unshuffle_amount": "control"}),
     "a VAE": (lambda: autoencoders.kl(4), {
@@ -223,7 +223,7 @@ LINES = [
     Line("start_percent", "nodes.py", "prompts", r'"start_percent": start'),
     Line("end_percent", "nodes.py", "prompts", r'"end_percent": end'),
     Line("area", "comfy/samplers.py", "conditioning layout prompts reach", r"""conds(\.get\(|\[)["']area["']"""),
-    Line("control", "comfy/samplers.py", "conditioning control layout", r"""conds(\.get\(|\[)["']control["']"""),
+    Line("control", "comfy/samplers.py", "conditioning control layout loading", r"""conds(\.get\(|\[)["']control["']"""),
     Line("default", "comfy/samplers.py", "conditioning prompts", r"'default' in x"),
     Line("gligen", "comfy/samplers.py", "conditioning layout tiled_diffusion", r"""conds(\.get\(|\[)["']gligen["']"""),
     Line("hooks", "comfy/samplers.py", "conditioning foreign layout tiled_diffusion", r"""conds(\.get\(|\[)["']hooks["']"""),

@@ -30,6 +30,9 @@ from .utils import Rect, common_part, cut, in_units_of, moved_to, parts_in_windo
 # What the host reads of an entry and can have only one of in a batch.
 SAME_IN_A_BATCH = ("area", "default", "hooks", "mask_strength", "strength", "timestep_end", "timestep_start")
 
+# The host repeats no text more often than this to make it as long as another.
+MOST_PADDING = 4
+
 # A conditioning of another size than the latent's is enlarged this often, if window borders run through its cells.
 FINEST_SPLIT = 8
 
@@ -39,6 +42,11 @@ def cut_conds(conds: Sequence[Sequence[list[dict] | None]], rects: Sequence[Rect
     return [
         None if of_windows[0] is None else [part for entries in zip(*of_windows) for part in _cut_entries(entries, rects, canvas)]
         for of_windows in zip(*conds)]
+
+
+def rows_of(conds: Sequence[Sequence[dict] | None]) -> int:
+    """How often the model is asked for each image of a window with these conditionings."""
+    return sum(len(entries) for entries in conds if entries)
 
 
 def kind_of_window(conds: Sequence[list[dict] | None], rect: Rect, canvas: Canvas) -> Hashable:
@@ -93,7 +101,7 @@ def _lengths(entry: dict) -> dict[str, set[int]]:
 
 def _pad_to_longest(lengths: set[int]) -> bool:
     """Whether the host, which pads to a multiple of all lengths, would pad to the longest; it then goes with whatever that goes with."""
-    return math.lcm(*lengths) == max(lengths)
+    return math.lcm(*lengths) == max(lengths) <= MOST_PADDING * min(lengths)
 
 
 def _are_alike(entry: dict, other: dict, rows: int) -> bool:

@@ -46,11 +46,6 @@ class Look:
     sigma: torch.Tensor
     conds: list[list[dict] | None]
 
-    @property
-    def rows(self) -> int:
-        """How often the model is asked for each image."""
-        return sum(len(entries) for entries in self.conds if entries)
-
 
 def hold_of(hold: float, strengths: torch.Tensor, progress: float) -> torch.Tensor:
     """How far cells of these strengths follow the look, at a progress from 0 to 1: less with every step, and not at all what began with much of the original."""

@@ -13,6 +13,9 @@ TREE = io.Custom("QUADTREE")
 
 PER_WINDOW, PER_CELL = "per window", "per cell"
 
+# What to do where a list is connected to an input that takes one value.
+TEXTS, VALUES = "A list of texts, one for each region, belongs to `captions`", "Connect a single value"
+
 log = logging.getLogger(__name__)
 
 
@@ -94,10 +97,6 @@ class QuadtreeRegionPrompts(io.ComfyNode):
             raise ValueError(f"conditioning: expected the prompt of the whole picture, got a list of {len(conditioning)}. The list of the regions' prompts belongs to `regions`.")
         per_window = _single("mode", mode, VALUES) == PER_WINDOW
         return io.NodeOutput(region_conditioning(conditioning[0], regions, masks, per_window=per_window, share=_single("share", share, VALUES)))
-
-
-TEXTS = "A list of texts, one for each region, belongs to `captions`"
-VALUES = "Connect a single value"
 
 
 def _single(name: str, values: list, what_to_do: str):

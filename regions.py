@@ -146,7 +146,7 @@ def _numbers(text: str, amount: int, line: str) -> list[int]:
     return found
 
 
-def _number(digits: str) -> float:
+def _number(digits: str) -> int | float:
     """A number of any length, which Python reads up to 4300 digits of."""
     digits = digits.strip()
     return int(digits) if len(digits) <= LONGEST_NUMBER else math.inf

@@ -27,7 +27,7 @@ import comfy.patcher_extension
 
 from .blending import Blend
 from .canvas import Canvas
-from .conditioning import cut_conds, kind_of_window
+from .conditioning import cut_conds, kind_of_window, rows_of
 from .devices import Batch, Crew, Work, evened, find_crew, is_out_of_memory, one_by_one, options_of
 from .layout import Look, follow, hindrance, hold_of, look_at
 from .loading import load_where_it_fits
@@ -286,8 +286,8 @@ class _Windows:
             why = why or ("there is no memory for a look at the whole picture" if look else "the picture is too small for it, or the model takes no noise")
             run.tell_once(NO_LOOK, f"hold_layout: {why}, so windows follow no common layout")
             return
-        asked = sum(len(entries) for conds in self.prompts.values() for entries in conds if entries) / len(self.prompts)
-        run.ledger.count_look(look.x.shape[-2:], facts.cost_of, look.rows / max(asked, 1))
+        of_a_window = sum(map(rows_of, self.prompts.values())) / len(self.prompts)
+        run.ledger.count_look(look.x.shape[-2:], facts.cost_of, rows_of(look.conds) / max(of_a_window, 1))
         hold, active = hold_of(run.settings.hold_layout, facts.strengths, run.progress), active.to(original.device)
         for index, total in enumerate(self.totals):
             if total is not None:
@@ -310,7 +310,7 @@ class _Windows:
         kind = lambda window: (kind_of_window(self.prompts[window], window.rect, self.canvas), window.rect if alone else None)
         found, first = deque(), 0
         for group in group_windows(list(self.prompts), kind):
-            rows = max(sum(len(entries) for entries in self.prompts[group[0]] if entries), 1)
+            rows = max(rows_of(self.prompts[group[0]]), 1)
             rect = group[0].rect
             found.append(Batch(first, group, len(group) * rows * self.run.facts.cost_of.of(rect.height, rect.width)))
             first += len(group)

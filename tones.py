@@ -17,7 +17,8 @@ def hold_at(hold: float, progress: float) -> float:
 def low_pass(value: torch.Tensor, side: int, wraps: tuple[bool, bool] = (False, False)) -> torch.Tensor:
     """What varies more slowly than over `side` cells: the means of squares, read evenly between their middles.
 
-    value: (..., height, width); what is no number in it counts as 0, so that it does not spread. wraps: along which axes, (down, across), the last cells are neighbours of the first.
+    value: (..., height, width); what is no number in it counts as 0, so that it does not spread. wraps: along which axes, (down,
+    across), the last cells are neighbours of the first.
     """
     planes = value.flatten(0, -3)[:, None].float().nan_to_num(0.0, 0.0, 0.0)
     height, width = planes.shape[-2:]

@@ -480,6 +480,12 @@ def test_prompts_that_are_alike_are_found_without_comparing_all_and_without_copi
     assert shape.shape == (8, 512, 4096) and shape.data_ptr() == text.data_ptr()
 
 
+@pytest.mark.parametrize("lengths, expected", [
+    ({77}, True), ({77, 154, 308}, True), ({77, 154, 231}, False), ({154, 231}, False), ({77, 385}, False), ({77, 154, 616}, False), ({50, 51}, False)])
+def test_texts_are_joined_where_all_are_padded_to_the_longest(lengths, expected):
+    assert conditioning._pad_to_longest(lengths) == expected
+
+
 @pytest.mark.parametrize("kind", ["control", "boxes"])
 def test_controls_that_the_host_copies_for_each_entry_share_batches(kind):
     counts = []

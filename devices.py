@@ -20,6 +20,8 @@ import torch
 
 import comfy.model_management
 
+from .memory import if_memory, is_out_of_memory
+
 # A device counts what it did in its last batches; of earlier ones this share at each.
 KEPT = 0.8
 
@@ -31,6 +33,9 @@ FINEST = 4
 
 # As often a device that has nothing to do is given another chance, in seconds: one that was to be faster may be late.
 LATE = 0.05
+
+# Why a device is left out that others may do better than.
+ONE_TOO_MANY = "it ran out of memory with one window"
 
 ELSEWHERE = re.compile(r"same device|two devices|different devices", re.IGNORECASE)
 
@@ -135,10 +140,14 @@ class _Answer:
 
 @dataclass(eq=False)
 class Crew:
-    """The devices of one run, and the host's threads for them. The first device is, as long as it is used, the one that the latent is on."""
+    """The devices of one run, and the host's threads for them. The first device is, as long as it is used, the one that the latent is on.
+
+    host_shares_out: whether the host may share out conditionings by itself.
+    """
 
     pool: object
     devices: list[Device]
+    host_shares_out: bool = True
     _own: Device = field(init=False)
     _busy: dict[Device, tuple[Batch, float]] = field(default_factory=dict)
     _answers: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
@@ -236,9 +245,30 @@ class Crew:
             pieces = work.again(answer.batch, answer.error)
             most = max(len(piece.windows) for piece in pieces)  # what was too many here is too many anywhere
             return [piece for batch in pending for piece in batch.cut(most)] + pieces
-        self.devices.remove(answer.device)
-        tell_left_out(answer.device.key, why)
+        self._leave_out(answer.device, why)
         return [*pending, answer.batch]
+
+    def _leave_out(self, device: Device, why: str) -> None:
+        self.devices.remove(device)
+        tell_left_out(device.key, why)
+
+    def of_one_window(self, ask: Callable[[torch.device | None], list], is_shared_out: bool) -> list:
+        """What ask(device) gives for a window that is all of a step, on the first device that has the memory.
+
+        is_shared_out: first leave it to the host, by ask(None), which shares out its conditionings. Raises the last error.
+        """
+        if is_shared_out and self.host_shares_out:
+            results = if_memory(lambda: ask(None))
+            if results is not None:
+                return results
+            # It leaves answers of the other devices with its threads, and would take them for those of the next call.
+            self.host_shares_out = False
+        while len(self.devices) > 1:
+            results = if_memory(lambda: ask(self.devices[0].key))
+            if results is not None:
+                return results
+            self._leave_out(self.devices[0], ONE_TOO_MANY)
+        return ask(self.devices[0].key)
 
 
 def shares(costs: Sequence[float], waits: Sequence[float], paces: Sequence[float], homes: Sequence[int | None]) -> list[int]:
@@ -312,11 +342,6 @@ def options_of(model_options: dict, keys: Sequence[torch.device]) -> dict:
     return left | ({"multigpu_clones": clones} if clones else {})
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """What the host takes for a lack of memory."""
-    return isinstance(error, Exception) and comfy.model_management.is_oom(error)
-
-
 def line_of(error: BaseException) -> str:
     """What an error says first: of CUDA's, lines of advice follow."""
     return str(error).partition("\n")[0] or type(error).__name__
@@ -358,7 +383,7 @@ def _why_unusable(answer: _Answer) -> str | None:
     if answer.error is None:
         return None
     if is_out_of_memory(answer.error) and len(answer.batch.windows) == 1:
-        return "it ran out of memory with one window"
+        return ONE_TOO_MANY
     return f"something of the model stays on another ({line_of(answer.error)})" if isinstance(answer.error, RuntimeError) and ELSEWHERE.search(str(answer.error)) else None
 
 

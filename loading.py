@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 import comfy.model_management
 
-from .devices import is_out_of_memory, line_of, tell_left_out
+from .devices import line_of, tell_left_out
+from .memory import is_out_of_memory
 
 
 def load_where_it_fits(prepare: Callable, patcher, conds: dict[str, list[dict]]):

@@ -28,9 +28,10 @@ import comfy.patcher_extension
 from .blending import Blend
 from .canvas import Canvas
 from .conditioning import cut_conds, kind_of_window, rows_of
-from .devices import Batch, Crew, Work, evened, find_crew, is_out_of_memory, one_by_one, options_of
+from .devices import Batch, Crew, Work, evened, find_crew, one_by_one, options_of
 from .layout import Look, follow, hindrance, hold_of, look_at
 from .loading import load_where_it_fits
+from .memory import if_memory
 from .model_facts import fills_devices, windows_that_fill, windows_that_fit
 from .outcome import concluded
 from .patches import apply_model, home_of_patches, windows_are_alone, with_windows
@@ -137,17 +138,22 @@ def _sampler_sample(executor, guider, sigmas, extra_args, callback, noise, laten
         if callback is not None:
             callback(step, denoised, x, total, *further)
 
-    return executor(_never_past_us(guider), sigmas, extra_args, told, noise, latent_image, *args, **kwargs)
+    with _asked_by_all(guider) as asked:
+        return executor(asked, sigmas, extra_args, told, noise, latent_image, *args, **kwargs)
 
 
-def _never_past_us(guider):
+@contextlib.contextmanager
+def _asked_by_all(guider):
     """A copy of the guider, for the sampler, that blends whoever asks it.
 
     Guiders that call their own predict_noise, and samplers that call the guider's, go past all PREDICT_NOISE wrappers.
     """
     asked = copy.copy(guider)
-    asked.predict_noise = functools.partial(_predict_noise, guider.predict_noise)
-    return asked
+    asked.predict_noise = functools.partial(_predict_noise, asked.predict_noise)
+    try:
+        yield asked
+    finally:
+        del asked.predict_noise  # which holds its guider
 
 
 def _predict_noise(executor, x, sigma, model_options={}, *args, **kwargs):
@@ -186,8 +192,9 @@ def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
     canvas = run.canvas(model, x, plan)
     prompts = prompts_of_windows(conds, [blend.part_of(window) for window in plan.windows], active, sigma, canvas)
     if plan.is_whole:
-        options = model_options if crew is None or fills_devices(plan.windows[0].rect, model, x) else options_of(model_options, [crew.devices[0].key])
-        results = run.watch.evaluate(executor, model, list(prompts[0]), x, sigma, options)
+        options = lambda key: model_options if key is None else options_of(model_options, [key])
+        ask = lambda key: run.watch.evaluate(executor, model, list(prompts[0]), x, sigma, options(key))
+        results = ask(None) if crew is None else crew.of_one_window(ask, fills_devices(plan.windows[0].rect, model, x))
     else:
         totals = [None if cond is None else torch.zeros_like(x) for cond in conds]
         windows = _Windows(run, executor, model, dict(zip(plan.windows, prompts)), x, sigma, model_options, canvas, blend, totals)
@@ -264,7 +271,7 @@ class _Windows:
         while pending:
             batches.append(self._next_batch(pending))
         if len(batches) == len(self.prompts) == 1 and fills_devices(batches[0].windows[0].rect, self.model, self.x):
-            one_by_one(deque(batches), deque.popleft, work)
+            self._take(batches[0], crew.of_one_window(lambda key: self._ask(batches[0], key)(), is_shared_out=True))
             return
         if not self.run.settings.tile_batch_size and not self.run.watch.counts_rows:
             batches = evened(batches, len(crew.devices), lambda batch: windows_that_fill(batch.windows[0].rect, self.model, self.x))
@@ -296,12 +303,9 @@ class _Windows:
     def _seen(self, look: Look, crew: Crew | None) -> list | None:
         """What the model sees of the whole, on the first device that has the memory; None if none has."""
         for options in [self.model_options] if crew is None else [options_of(self.model_options, [device.key]) for device in crew.devices]:
-            try:
-                return self.run.watch.evaluate(self.executor, self.model, look.conds, look.x, look.sigma, options)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                comfy.model_management.soft_empty_cache()
+            seen = if_memory(functools.partial(self.run.watch.evaluate, self.executor, self.model, look.conds, look.x, look.sigma, options))
+            if seen is not None:
+                return seen
         return None
 
     def _batches(self) -> deque[Batch]:

@@ -58,11 +58,14 @@ export class Overlay {
     this.timer = null;
     this.isStale = false;
     this.isAsking = true;
+    const { edits } = this;
     try {
       const body = JSON.stringify({ picture: this.result.picture, ...this.settings() });
       const headers = { "Content-Type": "application/json" };
       const response = await this.api.fetchApi(ROUTE, { method: "POST", headers, body, signal: this.requests.signal });
-      this.take(await response.json());
+      const answer = await response.json();
+      // What was painted meanwhile is shown already, and the next answer knows it, too.
+      if (edits === this.edits) this.take(answer);
     } catch (problem) {
       if (this.requests.signal.aborted) return;
       this.take({ error: say("noAnswer", { problem: problem.message }) });

@@ -133,6 +133,31 @@ def test_touching_a_leaf_keeps_then_redraws_then_releases_it(frontend, tree_node
         frontend.page.wait_for_timeout(150)
 
 
+HELD_ANSWERS = """() => { const real = window.realFetch = app.api.fetchApi; window.held = [];
+    app.api.fetchApi = async function (route, ...rest) {
+        const answer = await real.call(this, route, ...rest);
+        if (String(route).includes("quadtree_tiled_diffusion/tree")) await new Promise((done) => held.push(done));
+        return answer } }"""
+
+
+def test_a_touch_goes_on_from_the_one_before_however_late_the_server_answers(frontend, tree_node):
+    run_and_show(frontend, tree_node)
+    page = frontend.page
+    page.evaluate(HELD_ANSWERS)
+    try:
+        for held, strengths in enumerate(([0], [1], []), 1):
+            touch(frontend, 40, 40)
+            assert [square[3] for square in wait_for_painted(frontend, tree_node, len(strengths))] == strengths
+            # The answer to the first comes when the second touch is done, and the second is asked for.
+            if held > 1:
+                page.evaluate("held.shift()()")
+            page.wait_for_function("held.length === 1")
+    finally:
+        page.evaluate("() => { app.api.fetchApi = window.realFetch; held.forEach((done) => done()) }")
+    frontend.page.wait_for_timeout(500)
+    assert painted(frontend, tree_node) == []
+
+
 def drag(frontend, start: tuple[float, float], end: tuple[float, float]) -> None:
     mouse = frontend.page.mouse
     mouse.move(*point_on_page(frontend, *start))

@@ -17,6 +17,7 @@ import comfy.utils
 from .compositing import composite, share_of_result
 from .decode_plan import Plan, plan_decode
 from .decoders import Decoder, decoder_of
+from .memory import if_memory
 from .piecewise import Limits, begin, decode_windows
 from .quadtree import Quadtree
 from .utils import Rect, area, scaled
@@ -115,14 +116,9 @@ def _by_windows(vae, decoder: Decoder, samples: torch.Tensor, alpha: torch.Tenso
     canvas = _Canvas(vae, decoder, plan, len(samples))
     for number in range(len(samples)):
         latent = samples[number:number + 1].to(device=vae.device, dtype=vae.vae_dtype)
-        try:
-            walk = begin(decoder, plan, latent, Limits(vae.device, vae.output_device, room), canvas.tell)
-        except Exception as problem:
-            comfy.model_management.raise_non_oom(problem)
-            walk = None
+        walk = if_memory(lambda: begin(decoder, plan, latent, Limits(vae.device, vae.output_device, room), canvas.tell))
         if walk is None:
             log.warning("Quadtree Decode: there is no memory for the first window. The host decodes all of it.")
-            comfy.model_management.soft_empty_cache()
             return None
         decode_windows(walk, canvas.writer(number))
     return canvas.image

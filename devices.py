@@ -342,6 +342,11 @@ def options_of(model_options: dict, keys: Sequence[torch.device]) -> dict:
     return left | ({"multigpu_clones": clones} if clones else {})
 
 
+def options_on(model_options: dict, key: torch.device | None) -> dict:
+    """The options for one device; None leaves it to the host."""
+    return model_options if key is None else options_of(model_options, [key])
+
+
 def line_of(error: BaseException) -> str:
     """What an error says first: of CUDA's, lines of advice follow."""
     return str(error).partition("\n")[0] or type(error).__name__

@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import comfy.model_management
+
+Result = TypeVar("Result")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -11,7 +14,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, Exception) and comfy.model_management.is_oom(error)
 
 
-def if_memory(ask: Callable[[], list]) -> list | None:
+def if_memory(ask: Callable[[], Result]) -> Result | None:
     """What ask() gives; None if there is no memory for it."""
     try:
         return ask()

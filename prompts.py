@@ -14,8 +14,8 @@ import torch
 import comfy.utils
 
 from .canvas import Canvas
-from .reach import REGION, UNIT, in_cells, is_of_region, of_as_many, own_mask, own_reach, reach_of, region_reach, sums
-from .utils import Rect
+from .reach import REGION, UNIT, in_cells, is_of_region, own_mask, own_reach, reach_of, region_reach, sums
+from .utils import Rect, cut
 
 # Two regions cover equally much if they differ by no more than arithmetic leaves of a share.
 _TIE = 1e-6
@@ -194,7 +194,7 @@ def _has_hole(reach: dict, own: dict, parts: dict, rect: Rect, active: torch.Ten
         if any(one is None for one in chosen):
             continue
         said, given = (sum((one[image % len(one)] for one in several), torch.zeros_like(active, dtype=torch.int64)) for several in (reach.values(), chosen))
-        if any(sums(((said > 0) & (given == 0) & active).long(), [rect])):
+        if bool(cut((said > 0) & (given == 0) & active, rect).any()):
             return True
     return False
 
@@ -205,7 +205,7 @@ def _winners(members: dict[int, dict], rects: Sequence[Rect], active: torch.Tens
     for entry in members.values():
         number, units = entry[REGION]["number"], region_reach(entry, canvas)
         if number:
-            reach[number] = torch.maximum(*of_as_many(reach[number], units)) if number in reach else units
+            reach[number] = torch.maximum(reach[number], units) if number in reach else units
     rest = torch.full((max(map(len, reach.values()), default=1), *canvas.size), round(1 / UNIT))
     for units in reach.values():
         rest -= units

@@ -45,7 +45,6 @@ def region_reach(entry: dict, canvas: Canvas) -> torch.Tensor:
     region = _units(mask, 1.0, {"strength": entry.get("strength", 1.0)}, canvas)
     if own is None:
         return region
-    region, own = of_as_many(region, own)
     return (region.double() * own * UNIT).ceil().long()
 
 
@@ -95,12 +94,6 @@ def _units(mask: torch.Tensor | None, strength: float, entry: dict, canvas: Canv
             units *= inside
         canvas.prepared[key] = mask, units
     return canvas.prepared[key][1]
-
-
-def of_as_many(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two rasters with as many images as the one with more of them."""
-    images = max(len(first), len(second))
-    return first.expand(images, -1, -1), second.expand(images, -1, -1)
 
 
 def sums(units: torch.Tensor, rects: Sequence[Rect]) -> list[int]:

@@ -28,7 +28,7 @@ import comfy.patcher_extension
 from .blending import Blend
 from .canvas import Canvas
 from .conditioning import cut_conds, kind_of_window, rows_of
-from .devices import Batch, Crew, Work, evened, find_crew, one_by_one, options_of
+from .devices import Batch, Crew, Work, evened, find_crew, one_by_one, options_of, options_on
 from .layout import Look, follow, hindrance, hold_of, look_at
 from .loading import load_where_it_fits
 from .memory import if_memory
@@ -192,8 +192,7 @@ def _calc_cond_batch(executor, model, conds, x, sigma, model_options):
     canvas = run.canvas(model, x, plan)
     prompts = prompts_of_windows(conds, [blend.part_of(window) for window in plan.windows], active, sigma, canvas)
     if plan.is_whole:
-        options = lambda key: model_options if key is None else options_of(model_options, [key])
-        ask = lambda key: run.watch.evaluate(executor, model, list(prompts[0]), x, sigma, options(key))
+        ask = lambda key: run.watch.evaluate(executor, model, list(prompts[0]), x, sigma, options_on(model_options, key))
         results = ask(None) if crew is None else crew.of_one_window(ask, fills_devices(plan.windows[0].rect, model, x))
     else:
         totals = [None if cond is None else torch.zeros_like(x) for cond in conds]
@@ -286,9 +285,11 @@ class _Windows:
     def follow_layout(self, crew: Crew | None, conds, original: torch.Tensor, active: torch.Tensor) -> None:
         """Lead the totals to one look at the whole picture."""
         run, facts, side = self.run, self.run.facts, self.run.facts.sizes.sides[-1]
+        if NO_LOOK in run.ledger.warned:
+            return
         why = hindrance(conds, self.model_options, self.canvas)
         look = look_at(self.x, self.sigma, conds, active, side, self.canvas, turned=run.step % 2 == 0) if why is None else None
-        seen = None if look is None or NO_LOOK in run.ledger.warned else self._seen(look, crew)
+        seen = None if look is None else self._seen(look, crew)
         if seen is None:
             why = why or ("there is no memory for a look at the whole picture" if look else "the picture is too small for it, or the model takes no noise")
             run.tell_once(NO_LOOK, f"hold_layout: {why}, so windows follow no common layout")
@@ -302,7 +303,8 @@ class _Windows:
 
     def _seen(self, look: Look, crew: Crew | None) -> list | None:
         """What the model sees of the whole, on the first device that has the memory; None if none has."""
-        for options in [self.model_options] if crew is None else [options_of(self.model_options, [device.key]) for device in crew.devices]:
+        for key in [None] if crew is None else [device.key for device in crew.devices]:
+            options = options_on(self.model_options, key)
             seen = if_memory(functools.partial(self.run.watch.evaluate, self.executor, self.model, look.conds, look.x, look.sigma, options))
             if seen is not None:
                 return seen
@@ -345,7 +347,7 @@ class _Windows:
         rects = [window.rect for window in batch.windows]
         with self.canvas.lock:
             conds = cut_conds([self.prompts[window] for window in batch.windows], rects, self.canvas)
-        options = with_windows(self.model_options if device is None else options_of(self.model_options, [device]), rects, self.canvas)
+        options = with_windows(options_on(self.model_options, device), rects, self.canvas)
         x, sigma = cut_latent(self.x, rects), self.sigma.repeat(len(rects))
         return lambda: self.run.watch.evaluate(self.executor, self.model, conds, x, sigma, options, len(rects))
 

@@ -62,5 +62,28 @@ def seen_calls(patcher):
     patcher.remove_wrappers_with_key(kind, "seen_calls")
 
 
+def with_fault(patcher, fault):
+    """A clone of which every call goes through fault(number of the call from 1, its device, its x)."""
+    clone, counter, lock = patcher.clone(), collections.Counter(), threading.Lock()
+
+    def around(executor, x, *args, **kwargs):
+        options = next(value for value in (*args, *kwargs.values()) if isinstance(value, dict) and "cond_or_uncond" in value)
+        with lock:
+            counter["calls"] += 1
+            number = counter["calls"]
+        fault(number, options.get("multigpu_thread_device"), x)
+        return executor(x, *args, **kwargs)
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "fault", around)
+    return clone
+
+
+def raised_on(errors):
+    """A fault of devices, for with_fault. errors: by device."""
+    def fault(number, device, x):
+        if device in errors:
+            raise errors[device]
+    return fault
+
+
 def counted(calls: list[Seen]) -> dict[str, int]:
     return dict(collections.Counter(str(call.device) for call in calls))

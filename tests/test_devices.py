@@ -20,7 +20,7 @@ import pytest
 import tiny_controls
 import torch
 from comfy_extras.nodes_easycache import EasyCacheNode
-from device_keys import KEYS, counted, forget_the_dead, on_devices, seen_calls
+from device_keys import KEYS, counted, forget_the_dead, on_devices, raised_on, seen_calls, with_fault
 from nodes import ControlNetApplyAdvanced
 from sampling import SIDE_PX, calls_of, even_tree, load, patched, sample, striped_tree, with_prediction
 from tiny_models import drawer
@@ -552,19 +552,6 @@ def test_what_the_user_says_of_devices_counts_until_they_have_shown_more():
     assert find_crew({}) is None and find_crew({"multigpu_clones": clones}) is None
 
 
-def short_of_memory(patcher, is_short):
-    """A clone whose model has no memory for some calls: is_short(its device)."""
-    clone = patcher.clone()
-
-    def around(executor, x, *args, **kwargs):
-        options = next(value for value in (*args, *kwargs.values()) if isinstance(value, dict) and "cond_or_uncond" in value)
-        if is_short(options.get("multigpu_thread_device")):
-            raise no_memory()
-        return executor(x, *args, **kwargs)
-    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "short of memory", around)
-    return clone
-
-
 @pytest.mark.parametrize("filling_px", [64, 1024], ids=["shared out by the host", "on one device"])
 @pytest.mark.parametrize("tree", [even_tree(1.0), striped_tree(0.0, 1.0)], ids=["all of the picture", "a part of it"])
 @pytest.mark.parametrize("full", [KEYS[:1], KEYS[1:2], KEYS[:2]])
@@ -573,7 +560,7 @@ def test_one_window_goes_to_a_device_that_has_the_memory(over, monkeypatch, capl
     monkeypatch.setattr("qtd_pack.model_facts.FILLING_PX", filling_px ** 2)
     many, settings = over("flux_dev", 3), dict(min_window=256, max_window=256, tile_overlap=0)
     one = sample(load("flux_dev"), TiledDiffusion(tree, **settings).patched(load("flux_dev").patcher), cfg=4.0)
-    patcher = short_of_memory(TiledDiffusion(tree, **settings).patched(many.patcher), lambda key: key in full)
+    patcher = with_fault(TiledDiffusion(tree, **settings).patched(many.patcher), raised_on({key: no_memory() for key in full}))
     assert torch.allclose(sample(many, patcher, cfg=4.0), one, atol=1e-4)
     told = [line for line in left_out(caplog) if "ran out of memory with one window" in line]
     assert len(told) == len(set(told)) <= len(full)
@@ -581,6 +568,6 @@ def test_one_window_goes_to_a_device_that_has_the_memory(over, monkeypatch, capl
 
 def test_one_window_that_no_device_has_the_memory_for_ends_with_the_hosts_error(over):
     many = over("flux_dev", 3)
-    patcher = short_of_memory(TiledDiffusion(even_tree(1.0), min_window=256, max_window=256, tile_overlap=0).patched(many.patcher), lambda key: True)
+    patcher = with_fault(TiledDiffusion(even_tree(1.0), min_window=256, max_window=256, tile_overlap=0).patched(many.patcher), raised_on({key: no_memory() for key in (None, *KEYS)}))
     with pytest.raises(comfy.model_management.OOM_EXCEPTION):
         sample(many, patcher)

@@ -1,7 +1,6 @@
 """What may go wrong in a run, and that the next one does not know of it: bit for bit what a clean run gives."""
 from __future__ import annotations
 
-import collections
 import logging
 import threading
 
@@ -10,7 +9,7 @@ import comfy.patcher_extension
 import comfy.sample
 import pytest
 import torch
-from device_keys import KEYS, on_devices, seen_calls
+from device_keys import KEYS, on_devices, raised_on, seen_calls, with_fault
 from sampling import SIDE_PX, even_tree, load, patched, sample, striped_tree
 
 from qtd_pack import tiled_diffusion
@@ -39,21 +38,6 @@ def nothing_is_interrupted():
 def clean():
     """What a run gives in which nothing goes wrong."""
     return sample(load(FLUX), patched(load(FLUX), striped_tree(0.5, 1.0), tile_batch_size=4, **SMALL))
-
-
-def with_fault(patcher, fault):
-    """A clone of which every call goes through fault(number of the call from 1, its device, its x)."""
-    clone, counter, lock = patcher.clone(), collections.Counter(), threading.Lock()
-
-    def around(executor, x, *args, **kwargs):
-        options = next(value for value in (*args, *kwargs.values()) if isinstance(value, dict) and "cond_or_uncond" in value)
-        with lock:
-            counter["calls"] += 1
-            number = counter["calls"]
-        fault(number, options.get("multigpu_thread_device"), x)
-        return executor(x, *args, **kwargs)
-    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "fault", around)
-    return clone
 
 
 def of(model):
@@ -134,14 +118,6 @@ def learning(model):
 def learnt():
     """A model on three devices, and what a run on one gives in which foreign code is learnt."""
     return on_devices(load("sd15"), 3), sample(load("sd15"), learning(load("sd15")))
-
-
-def raised_on(errors):
-    """A fault of devices. errors: by device."""
-    def fault(number, device, x):
-        if device in errors:
-            raise errors[device]
-    return fault
 
 
 @pytest.mark.parametrize("full", [KEYS[:1], KEYS[:2], KEYS[1:2], KEYS[1:3], (KEYS[0], KEYS[2])], ids=lambda keys: " and ".join(map(str, keys)))

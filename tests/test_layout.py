@@ -8,7 +8,6 @@ import types
 import comfy.hooks
 import comfy.model_base
 import comfy.model_management
-import comfy.patcher_extension
 import echo_patches
 import foreign_patches
 import pytest
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
-from device_keys import KEYS, on_devices
+from device_keys import KEYS, on_devices, with_fault
 from nodes import ConditioningSetArea, ConditioningSetMask, ConditioningSetTimestepRange, ControlNetApplyAdvanced
 from sampling import SIDE_PX, calls_of, even_tree, load, patched, sample, striped_tree
 from seen import denoised, tiled
@@ -351,26 +350,18 @@ def test_a_window_without_numbers_stays_alone(hold, caplog):
     assert "for 25 % of the picture, within 128 x 512 px at 0, 0" in caplog.text
 
 
-def without_memory(patcher, is_short):
-    """A clone whose model has no memory for some calls: is_short(x, its device)."""
-    clone = patcher.clone()
-
-    def around(executor, x, *args, **kwargs):
-        options = next(value for value in (*args, *kwargs.values()) if isinstance(value, dict) and "cond_or_uncond" in value)
-        if is_short(x, options.get("multigpu_thread_device")):
-            raise comfy.model_management.OOM_EXCEPTION("no memory")
-        return executor(x, *args, **kwargs)
-    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "full", around)
-    return clone
-
-
 def test_a_look_that_there_is_no_memory_for_is_left_out_once_and_for_all(caplog):
     """Windows of 64 px fit, the look of 128 px does not."""
     model, tried = load("flux_schnell"), []
     corners = Quadtree(256, 256, 64, 64, tuple(
         Leaf(Rect(top, left, top + 64, left + 64), 64, 0.0, float(top == left and top in (0, 192))) for top in range(0, 256, 64) for left in range(0, 256, 64)))
     settings = dict(min_window=64, max_window=256, tile_overlap=0)
-    short = without_memory(patched(model, corners, hold_layout=0.5, **settings), lambda x, device: x.shape[-1] > 8 and not tried.append(1))
+
+    def full(number, device, x):
+        if x.shape[-1] > 8:
+            tried.append(number)
+            raise comfy.model_management.OOM_EXCEPTION("no memory")
+    short = with_fault(patched(model, corners, hold_layout=0.5, **settings), full)
     assert torch.equal(sample(model, short), sample(model, patched(model, corners, **settings)))
     assert len(tried) == 1 and caplog.text.count("hold_layout: there is no memory for a look at the whole picture, so windows follow no common layout") == 1
 
@@ -378,6 +369,9 @@ def test_a_look_that_there_is_no_memory_for_is_left_out_once_and_for_all(caplog)
 def test_a_look_goes_to_another_device_where_the_first_has_no_memory():
     many, main = on_devices(load("flux_schnell"), 2), threading.main_thread()
     patcher = patched(many, even_tree(1.0), tile_batch_size=1, min_window=64, max_window=64, tile_overlap=0, hold_layout=0.5)
-    # The look alone is evaluated in the sampler's own thread.
-    short = without_memory(patcher, lambda x, device: device == KEYS[0] and threading.current_thread() is main)
-    assert torch.equal(sample(many, short), sample(many, patcher))
+
+    def full(number, device, x):
+        # The look alone is evaluated in the sampler's own thread.
+        if device == KEYS[0] and threading.current_thread() is main:
+            raise comfy.model_management.OOM_EXCEPTION("no memory")
+    assert torch.equal(sample(many, with_fault(patcher, full)), sample(many, patcher))
